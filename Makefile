@@ -1,0 +1,46 @@
+# `make demo` and `make test` need nothing but Python >= 3.11: each makes the virtual environment that it uses.
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_FLAGS ?= -n 2
+BIN := $(VENV)/bin
+EXTRAS_demo :=
+EXTRAS_test := [test]
+EXTRAS_lint := [lint]
+
+.PHONY: help demo test lint format clean
+.SECONDARY:
+
+help:
+	@echo "make demo    install into $(VENV) and let SmolLM2-135M answer a question"
+	@echo "make test    install and run the tests"
+	@echo "make lint    install and run ruff, mypy and import-linter"
+	@echo "make format  let ruff format and fix the sources"
+	@echo "make clean   remove $(VENV) and what tools left behind"
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/foveal generate smollm2 "What is the capital of France?" --chat --dtype float32 --max-tokens 64
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: $(VENV)/.installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each set of extras, so that a second run installs only after pyproject.toml has changed.
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	@echo "Installing foveal ($*) into $(VENV); the first time this takes a minute or two"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(EXTRAS_$*)'
+	@touch $@

@@ -1,0 +1,235 @@
+"""The cache manager: which pages and which state slot each sequence has. It knows no tensors."""
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+
+from foveal.cache.pool import BlockPool
+from foveal.cache.prefix import PrefixIndex, PrefixNode, page_tokens
+from foveal.cache.slots import SlotPool
+from foveal.config.formats import PAGE_SIZE
+
+
+@dataclass(frozen=True)
+class Copies:
+    """What a fork asks the cache's owner to copy, as (source, destination), before it writes anything else."""
+
+    pages: list[tuple[int, int]]
+    slots: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class CacheUsage:
+    """How full the cache is. pages_total = pages_in_use + pages_cached + pages_free: the null page does not count."""
+
+    pages_total: int
+    pages_in_use: int
+    pages_cached: int
+    pages_free: int
+    tokens_held: int
+    """Computed tokens in pages in use; those of a shared page count once."""
+    waste: float
+    """Share, 0 to 1, of the token places in pages in use that hold no token; a shared page counts once."""
+    prefix_query_tokens: int
+    """Tokens that sequences came with, where prefix caching is on. Counted when the sequence first commits, so that one
+    that is admitted and turned away again for lack of room counts nothing."""
+    prefix_hit_tokens: int
+    """Those of them that were found in the cache."""
+
+
+@dataclass
+class _Sequence:
+    table: list[int]
+    node: PrefixNode | None
+    """The prefix of the computed full pages; None: not indexed."""
+    computed: int
+    slot: int | None
+    released: int = 0
+    """Leading pages that the window has left behind."""
+    unseen: tuple[int, int] = (0, 0)
+    """Prefix query tokens and hit tokens that the first commit will count."""
+
+    @property
+    def full_pages(self) -> int:
+        return self.computed // PAGE_SIZE
+
+    @property
+    def empty_places(self) -> int:
+        return len(self.table) * PAGE_SIZE - self.computed
+
+
+class CacheManager:
+    """Pages and slots of all sequences.
+
+    `pages` and `slots` are what the cache's tensors hold, null page and null slot (number 0) included; slots = 0: no
+    recurrent layer. `window`: a query sees itself and the window - 1 tokens before it, in every attention layer; pages
+    that no query will see any more are released. Prefixes are never reused where there are slots: the recurrent state
+    at the end of the prefix is not kept.
+
+    A page that several sequences share, or that the prefix index knows, is full and is never written again: what a
+    sequence writes next always lies in pages of its own.
+
+    Raises ValueError for pages < 1, slots < 0 or window < 1.
+    """
+
+    def __init__(self, pages: int, slots: int = 0, *, prefix_caching: bool = True, window: int | None = None) -> None:
+        if pages < 1 or slots < 0:
+            raise ValueError(
+                f"a cache needs at least one page and no negative number of slots, not {pages} and {slots}"
+            )
+        if window is not None and window < 1:
+            raise ValueError(f"a window must be at least one token, not {window}")
+        self._window = window
+        self._index = PrefixIndex()
+        self._pool = BlockPool(pages, self._index)
+        self._slots = SlotPool(slots) if slots else None
+        self._prefix_caching = prefix_caching and not slots
+        self._sequences: dict[Hashable, _Sequence] = {}
+        self._queried = 0
+        self._hit = 0
+
+    def can_admit(self) -> bool:
+        """Whether `admit` may be called: there is a slot for another sequence, or none is needed."""
+        return self._slots is None or self._slots.free > 0
+
+    def admit(self, key: Hashable, tokens: Sequence[int], salt: Hashable = None) -> int:
+        """Begin a sequence; returns how many of its first tokens are already cached.
+
+        These are whole pages, and at most len(tokens) - 1 tokens: the last token must be computed to know what follows.
+        Sequences find each other's pages only under the same salt. Its pages stay its own until `free`.
+        """
+        assert key not in self._sequences, f"sequence {key!r} is already there"
+        slot = self._slots.take() if self._slots else None
+        if not self._prefix_caching:
+            self._sequences[key] = _Sequence(table=[], node=None, computed=0, slot=slot)
+            return 0
+        root = self._index.root(salt)
+        hits = self._index.match(root, tokens, limit=max(0, len(tokens) - 1) // PAGE_SIZE)
+        cached = len(hits) * PAGE_SIZE
+        table = [node.page for node in hits]
+        self._pool.share(table)
+        sequence = _Sequence(table, hits[-1] if hits else root, cached, slot, unseen=(len(tokens), cached))
+        self._sequences[key] = sequence
+        self._slide(sequence)
+        return cached
+
+    def reserve(self, key: Hashable, length: int) -> bool:
+        """Pages for the sequence's first `length` tokens. False where the pool lacks them: then nothing has changed."""
+        table = self._sequences[key].table
+        missing = -(-length // PAGE_SIZE) - len(table)
+        if missing > self._pool.available:
+            return False
+        table += self._pool.take(missing, after=table[-1] if table else 0)
+        return True
+
+    def commit(self, key: Hashable, tokens: Sequence[int]) -> None:
+        """The sequence's first len(tokens) tokens, `tokens`, are computed.
+
+        Pages that are now full can be hit, unless another page holds the same prefix already. Pages that the window has
+        passed are released. The time is that of the new pages, not of the length.
+        """
+        sequence = self._sequences[key]
+        assert sequence.computed <= len(tokens) <= len(sequence.table) * PAGE_SIZE, (sequence.computed, len(tokens))
+        if sequence.node is not None:
+            for number in range(sequence.full_pages, len(tokens) // PAGE_SIZE):
+                labels = page_tokens(tokens, number)
+                sequence.node = self._index.insert(sequence.node, labels, sequence.table[number])
+        sequence.computed = len(tokens)
+        self._slide(sequence)
+        self._count(sequence)
+
+    def fork(self, parent: Hashable, child: Hashable) -> Copies | None:
+        """Begin `child` with the computed tokens of `parent`. None where there is no room: then nothing has changed.
+
+        Full pages are shared. A partly filled page and the state slot are the child's own, to be copied as the answer
+        says before anything else is written; what the parent reserved beyond its computed tokens stays the parent's.
+        """
+        assert child not in self._sequences, f"sequence {child!r} is already there"
+        source = self._sequences[parent]
+        partial = source.table[source.full_pages : -(-source.computed // PAGE_SIZE)]
+        if len(partial) > self._pool.available or not self.can_admit():
+            return None
+        shared = source.table[: source.full_pages]
+        self._pool.share(shared[source.released :])
+        own = self._pool.take(len(partial), after=shared[-1] if shared else 0)
+        slot = self._slots.take() if self._slots else None
+        self._sequences[child] = replace(source, table=shared + own, slot=slot, unseen=(0, 0))
+        slots = [] if source.slot is None or slot is None else [(source.slot, slot)]
+        return Copies(pages=list(zip(partial, own, strict=True)), slots=slots)
+
+    def free(self, key: Hashable) -> None:
+        """End a sequence. Its full pages stay cached, the last one to be evicted first."""
+        sequence = self._sequences.pop(key)
+        self._pool.release(reversed(sequence.table[sequence.released :]))
+        if self._slots and sequence.slot is not None:
+            self._slots.release(sequence.slot)
+
+    def table(self, key: Hashable) -> list[int]:
+        """The sequence's pages: token n is in page table[n // PAGE_SIZE]; 0 where the window has passed.
+
+        The manager's own list: it grows later, and the caller only reads it.
+        """
+        return self._sequences[key].table
+
+    def slot(self, key: Hashable) -> int | None:
+        """The sequence's state slot; None where there are no slots."""
+        return self._sequences[key].slot
+
+    @property
+    def usage(self) -> CacheUsage:
+        """How full the cache is now."""
+        places = self._pool.in_use * PAGE_SIZE
+        # Only a sequence's last pages have empty places, and those are never shared.
+        empty = sum(sequence.empty_places for sequence in self._sequences.values())
+        return CacheUsage(
+            pages_total=self._pool.pages,
+            pages_in_use=self._pool.in_use,
+            pages_cached=self._pool.cached,
+            pages_free=self._pool.free,
+            tokens_held=places - empty,
+            waste=empty / places if places else 0.0,
+            prefix_query_tokens=self._queried,
+            prefix_hit_tokens=self._hit,
+        )
+
+    def check(self) -> None:
+        """AssertionError unless every page is in use, cached or free, the owners counted are those in the tables, the
+        index knows each page by the prefix that its sequence has there, and every slot is free or has one owner."""
+        sequences = self._sequences.values()
+        self._index.check()
+        self._pool.check(Counter(page for sequence in sequences for page in sequence.table[sequence.released :]))
+        if self._slots:
+            self._slots.check([sequence.slot for sequence in sequences if sequence.slot is not None])
+        for sequence in sequences:
+            self._check_sequence(sequence)
+
+    def _slide(self, sequence: _Sequence) -> None:
+        """Release pages that lie wholly before the window: the next query, at position `computed`, and all after it see
+        nothing at or before computed - window."""
+        if self._window is None:
+            return
+        passed = max(0, sequence.computed - self._window + 1) // PAGE_SIZE
+        leaving = range(sequence.released, passed)
+        self._pool.release(sequence.table[number] for number in reversed(leaving))
+        for number in leaving:
+            sequence.table[number] = 0
+        sequence.released = max(passed, sequence.released)
+
+    def _count(self, sequence: _Sequence) -> None:
+        queried, hit = sequence.unseen
+        self._queried += queried
+        self._hit += hit
+        sequence.unseen = (0, 0)
+
+    def _check_sequence(self, sequence: _Sequence) -> None:
+        assert sequence.empty_places >= 0, sequence
+        assert [page == 0 for page in sequence.table] == [n < sequence.released for n in range(len(sequence.table))]
+        assert not any(page in self._index for page in sequence.table[sequence.full_pages :]), sequence.table
+        node = sequence.node
+        if node is None:
+            return
+        for page in reversed(sequence.table[: sequence.full_pages]):
+            assert self._index.node(page) in (None, node), f"page {page} is indexed as another prefix"
+            assert node is not None and node.parent is not None, "fewer prefix nodes than full pages"
+            node = node.parent
+        assert node.parent is None, "more prefix nodes than full pages"

@@ -1,0 +1,31 @@
+"""Arguments and options that several commands share."""
+
+from typing import Annotated
+
+import typer
+
+_SAMPLING = "Sampling"
+_PRECISION = "Precision"
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A directory, a .gguf file, a Hub id, or an alias such as smollm2.")
+]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Stop after this many tokens.", rich_help_panel=_SAMPLING)]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.", rich_help_panel=_SAMPLING)]
+TopP = Annotated[
+    float, typer.Option(help="Sample from the likeliest tokens that hold this share.", rich_help_panel=_SAMPLING)
+]
+TopK = Annotated[int, typer.Option(help="Sample from this many tokens; 0: from all.", rich_help_panel=_SAMPLING)]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", rich_help_panel=_SAMPLING)]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option("--stop", help="Stop before this text; may be given several times.", rich_help_panel=_SAMPLING),
+]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32 or bfloat16.", rich_help_panel=_PRECISION)]
+IndexDtype = Annotated[
+    str, typer.Option(help="How index keys are cached: auto, fp8 or bf16.", rich_help_panel=_PRECISION)
+]
+KVCacheDtype = Annotated[
+    str, typer.Option("--kv-cache-dtype", help="How latents are cached: auto, bf16 or fp8.", rich_help_panel=_PRECISION)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

@@ -1,0 +1,32 @@
+"""DeepSeek-V2 and V2-Lite: MLA (with or without a query latent) and a softmax router."""
+
+from foveal.config.families import common
+from foveal.config.fields import Fields
+from foveal.config.model import BlockConfig, ModelConfig, RouterConfig
+
+NAMES = common.LLAMA_NAMES
+
+
+def read(fields: Fields) -> ModelConfig:
+    """See `foveal.config.read_config`."""
+    attention = common.mla(fields)
+    feed_forwards = common.sparse_feed_forwards(fields, common.moe(fields, _router(fields)))
+    return common.model(fields, tuple((BlockConfig(attention), BlockConfig(part)) for part in feed_forwards))
+
+
+def _router(fields: Fields) -> RouterConfig:
+    fields.expect("scoring_func", "softmax")
+    # DeepSeek's own code and transformers disagree on what True does to routed_scaling_factor; no release sets it.
+    fields.expect("norm_topk_prob", False)
+    fields.expect("topk_method", "greedy", "group_limited_greedy")
+    grouped = fields.get("topk_method", "greedy") == "group_limited_greedy"
+    groups, kept = fields.get("n_group"), fields.get("topk_group")
+    return RouterConfig(
+        scoring="softmax",
+        normalise=False,
+        scale=float(fields.get("routed_scaling_factor", 1.0)),
+        groups=int(groups) if grouped else 1,
+        groups_kept=int(kept) if grouped else 1,
+        group_score="max",
+        masked_score=0.0,
+    )

@@ -1,0 +1,14 @@
+"""DeepSeek-V3, R1 and V3.1: MLA and the router without auxiliary loss."""
+
+from foveal.config.families import common
+from foveal.config.fields import Fields
+from foveal.config.model import BlockConfig, ModelConfig
+
+NAMES = common.LLAMA_NAMES
+
+
+def read(fields: Fields) -> ModelConfig:
+    """See `foveal.config.read_config`."""
+    attention = common.mla(fields, interleaved=bool(fields.get("rope_interleave", True)))
+    feed_forwards = common.sparse_feed_forwards(fields, common.moe(fields, common.noaux_router(fields)))
+    return common.model(fields, tuple((BlockConfig(attention), BlockConfig(part)) for part in feed_forwards))

@@ -1,0 +1,12 @@
+"""GLM-5: DeepSeek-V3.2's form with interleaved index rope, and layers that share a selection."""
+
+from foveal.config.families import common
+from foveal.config.fields import Fields
+from foveal.config.model import ModelConfig
+
+NAMES = common.LLAMA_NAMES
+
+
+def read(fields: Fields) -> ModelConfig:
+    """See `foveal.config.read_config`."""
+    return common.sparse_attention_model(fields, interleaved_index=True)

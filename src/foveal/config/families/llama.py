@@ -1,0 +1,18 @@
+"""Llama 1 to 3 and what shares their form (SmolLM2, TinyLlama, ...)."""
+
+from foveal.config.families import common
+from foveal.config.fields import Fields
+from foveal.config.model import BlockConfig, ModelConfig
+
+NAMES = common.LLAMA_NAMES
+
+
+def read(fields: Fields) -> ModelConfig:
+    """See `foveal.config.read_config`."""
+    fields.expect("rope_interleaved", False)
+    fields.expect("pretraining_tp", 1)
+    bias = bool(fields.get("attention_bias", False))
+    attention = common.gqa(fields, qkv_bias=bias, o_bias=bias)
+    feed_forward = common.mlp(fields, bias=bool(fields.get("mlp_bias", False)))
+    layer = (BlockConfig(attention), BlockConfig(feed_forward))
+    return common.model(fields, (layer,) * fields.positive("num_hidden_layers"))

@@ -1,0 +1,24 @@
+"""Mixtral: Mistral with a softmax router over experts in every layer."""
+
+from foveal.config.families import common
+from foveal.config.fields import Fields
+from foveal.config.model import BlockConfig, ModelConfig, MoEConfig, RouterConfig
+
+NAMES = common.WeightNames(
+    operations={"gqa": "self_attn", "moe": "block_sparse_moe"},
+    renames=((".gate_proj.", ".w1."), (".up_proj.", ".w3."), (".down_proj.", ".w2.")),
+)
+
+
+def read(fields: Fields) -> ModelConfig:
+    """See `foveal.config.read_config`."""
+    experts = MoEConfig(
+        experts=fields.positive("num_local_experts"),
+        per_token=fields.positive("num_experts_per_tok"),
+        hidden=fields.positive("intermediate_size"),
+        router=RouterConfig(scoring="softmax", normalise=True),
+        activation=common.activation(fields),
+    )
+    attention = common.gqa(fields, window=fields.get("sliding_window"), default_theta=1e6)
+    layer = (BlockConfig(attention), BlockConfig(experts))
+    return common.model(fields, (layer,) * fields.positive("num_hidden_layers"))

@@ -1,0 +1,19 @@
+"""Qwen3 (dense): RMSNorm on each head's query and key, a head_dim of its own, no biases unless asked for."""
+
+from foveal.config.families import common
+from foveal.config.fields import Fields
+from foveal.config.model import BlockConfig, ModelConfig
+
+NAMES = common.LLAMA_NAMES
+
+
+def read(fields: Fields) -> ModelConfig:
+    """See `foveal.config.read_config`."""
+    fields.raw.setdefault("head_dim", 128)
+    bias = bool(fields.get("attention_bias", False))
+    feed_forward = BlockConfig(common.mlp(fields))
+    layers = tuple(
+        (BlockConfig(common.gqa(fields, qkv_bias=bias, o_bias=bias, qk_norm=True, window=window)), feed_forward)
+        for window in common.windows(fields)
+    )
+    return common.model(fields, layers)

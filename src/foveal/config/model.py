@@ -1,0 +1,195 @@
+"""`ModelConfig` and its parts: what a model is, in the words of this library.
+
+Every family reads its own config.json into these (`foveal.config.families`); everything above (costs, layers, engine)
+knows only these. Nothing here imports torch: `foveal plan` answers from a config alone.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the trained context (see `foveal.config.rope`)."""
+
+    kind: RopeKind = "default"
+    factor: float = 1.0
+    original_max_positions: int = 0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float = 1.0  # yarn: multiplies cos and sin
+    truncate: bool = True  # yarn: whole-number bounds of the ramp
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding of `dim` dimensions (R or P in the legend)."""
+
+    dim: int
+    theta: float
+    interleaved: bool = False
+    """True: pairs (0,1), (2,3), ...; False: pairs (i, i + dim/2)."""
+    scaling: RopeScaling = field(default_factory=RopeScaling)
+
+
+@dataclass(frozen=True)
+class GQAConfig:
+    """Grouped-query attention; MHA when kv_heads == heads, MQA when kv_heads == 1."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    rope: RopeConfig | None
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False
+    window: int | None = None
+    """A query sees itself and the window - 1 tokens before it; None: every earlier token."""
+
+
+@dataclass(frozen=True)
+class MLAConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
+
+    heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    scale: float
+    rope: RopeConfig
+    bias: bool = False
+    latent_norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class IndexerConfig:
+    """The lightning indexer of DeepSeek Sparse Attention (DeepSeek-V3.2 report, section 2.1)."""
+
+    heads: int
+    head_dim: int
+    topk: int
+    query_dim: int
+    """Width of what index queries are projected from: the query latent, or the hidden state."""
+    rope: RopeConfig
+    """Turns the first rope.dim of the head_dim dimensions."""
+    norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class MambaConfig:
+    """Mamba-1 selective state space (arXiv 2312.00752), with Jamba's norms on dt, B and C."""
+
+    inner: int
+    state: int
+    conv: int
+    dt_rank: int
+    conv_bias: bool = True
+    proj_bias: bool = False
+    norms: bool = True
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """Gated feed-forward: down(act(gate(x)) * up(x))."""
+
+    hidden: int
+    activation: str = "silu"
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """How tokens choose experts."""
+
+    scoring: Literal["softmax", "sigmoid"]
+    normalise: bool
+    """Divide the chosen scores by their sum."""
+    scale: float = 1.0
+    correction_bias: bool = False
+    """A bias that counts for choosing only (DeepSeek-V3, section 2.1.2)."""
+    groups: int = 1
+    groups_kept: int = 1
+    group_score: Literal["max", "top2"] = "max"
+    masked_score: float = float("-inf")
+    """Score of the experts outside the kept groups: -inf (V3 reference) or 0 (V2)."""
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Mixture of experts; `shared_hidden` is the width of the always-on expert (0: none)."""
+
+    experts: int
+    per_token: int
+    hidden: int
+    router: RouterConfig
+    shared_hidden: int = 0
+    activation: str = "silu"
+    bias: bool = False
+    """Biases in the shared expert (the routed ones never have any)."""
+
+
+MixerConfig = GQAConfig | MLAConfig | MambaConfig
+FeedForwardConfig = MLPConfig | MoEConfig
+OperationConfig = MixerConfig | FeedForwardConfig
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """One residual block: x + operation(norm(x)), with an indexer beside the mixer where the selection is its own."""
+
+    operation: OperationConfig
+    indexer: IndexerConfig | None = None
+    shared_selection: bool = False
+    """Attend to the selection of the last block before this one that has an indexer."""
+
+    def __post_init__(self) -> None:
+        assert not (self.indexer and self.shared_selection)
+
+
+LayerConfig = tuple[BlockConfig, ...]
+
+
+@dataclass(frozen=True)
+class Fp8Blocks:
+    """Weights stored as e4m3 with one scale a block (`<name>_scale_inv`); `rows` x `columns` weights a block."""
+
+    rows: int = 128
+    columns: int = 128
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only language model."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    layers: tuple[LayerConfig, ...]
+    norm_eps: float
+    max_positions: int
+    tied_embeddings: bool = False
+    dtype: str = "float32"
+    """The dtype the checkpoint is meant to run in, by its torch name."""
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    fp8_blocks: Fp8Blocks | None = None
+    mtp_layers: int = 0
+    """Multi-token-prediction layers that the checkpoint may hold after the last layer; not loaded."""
+
+    @property
+    def blocks(self) -> tuple[BlockConfig, ...]:
+        """All blocks, first to last."""
+        return tuple(block for layer in self.layers for block in layer)
+
+    @property
+    def index_topk(self) -> int | None:
+        """Tokens that a sparse layer attends to (None: no layer is sparse)."""
+        return next((block.indexer.topk for block in self.blocks if block.indexer), None)

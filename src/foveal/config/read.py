@@ -1,0 +1,43 @@
+"""From config.json to `ModelConfig`."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from foveal.config.families import FAMILIES
+from foveal.config.families.common import WeightNames
+from foveal.config.fields import Fields
+from foveal.config.model import ModelConfig
+
+
+def read_config(source: str | Path | Mapping[str, Any]) -> ModelConfig:
+    """Read a config.json (file, directory that holds one, or its parsed content).
+
+    Raises ValueError for an unknown `model_type` or a field that changes results and is not supported, and
+    FileNotFoundError where there is no such file.
+    """
+    raw = source if isinstance(source, Mapping) else _parse(Path(source))
+    fields = Fields(raw)
+    family = FAMILIES.get(fields.family)
+    if family is None:
+        raise ValueError(f"model_type {fields.family!r} is not supported (only {', '.join(FAMILIES)})")
+    config: ModelConfig = family.read(fields)
+    return config
+
+
+def weight_names(family: str) -> WeightNames:
+    """The checkpoint names of a family."""
+    names: WeightNames = FAMILIES[family].NAMES
+    return names
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file} does not hold a JSON object")
+    return raw

@@ -1,0 +1,119 @@
+"""Rotary position settings from both spellings of a config: transformers v4 (`rope_theta`, `rope_scaling`) and v5
+(`rope_parameters`)."""
+
+import math
+from typing import Any, cast
+
+from foveal.config.fields import Fields
+from foveal.config.model import RopeConfig, RopeKind, RopeScaling
+
+_KEYS = {
+    "default": set[str](),
+    "linear": {"factor"},
+    "dynamic": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    },
+}
+_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+
+
+def read_rope(fields: Fields, dim: int, *, interleaved: bool = False, default_theta: float = 10000.0) -> RopeConfig:
+    """The rotary embedding of `dim` dimensions that the config asks for.
+
+    Raises ValueError for a kind, key or value that is not supported.
+    """
+    if dim < 2 or dim % 2:
+        raise ValueError(f"config.json: rotary embedding needs an even number of dimensions, not {dim}")
+    settings = rope_settings(fields)
+    theta = settings.get("rope_theta") or fields.get("rope_theta", default_theta)
+    max_positions = fields.positive("max_position_embeddings")
+    original = fields.get("original_max_position_embeddings") or settings.get("original_max_position_embeddings")
+    scaling = _scaling(settings, max_positions, original)
+    return RopeConfig(dim=dim, theta=float(theta), interleaved=interleaved, scaling=scaling)
+
+
+def rope_settings(fields: Fields) -> dict[str, Any]:
+    """The config's rope dictionary, whichever field holds it; {} where there is none."""
+    old, new = fields.get("rope_scaling", {}), fields.get("rope_parameters", {})
+    name = "rope_scaling" if old else "rope_parameters"
+    settings = dict(old or new)
+    kind = _kind(settings)
+    if kind not in _KEYS:
+        raise ValueError(f"config.json: {name} type {kind!r} is not supported (only {', '.join(_KEYS)})")
+    unknown = sorted(key for key in settings if key not in _KEYS[kind] | _COMMON and settings[key] is not None)
+    # An unscaled rope keeps leftovers of others in some released files; with no factor they say nothing.
+    if unknown and kind != "default":
+        raise ValueError(f"config.json: {name} key '{unknown[0]}' is not supported for type {kind!r}")
+    if any(isinstance(value, dict) for value in settings.values()):
+        raise ValueError(f"config.json: {name} by layer type is not supported: {sorted(settings)}")
+    partial = settings.get("partial_rotary_factor") or fields.get("partial_rotary_factor", 1.0)
+    if partial != 1.0:
+        raise ValueError(f"config.json: 'partial_rotary_factor' = {partial} is not supported")
+    return settings
+
+
+def mscale_scale(settings: dict[str, Any]) -> float:
+    """What DeepSeek's models multiply the softmax scale with: m^2, m = 0.1 * mscale_all_dim * ln(factor) + 1
+    (DeepSeek-V3 `inference/model.py`); 1 where rope is unscaled or `mscale_all_dim` is absent."""
+    if _kind(settings) == "default" or not settings.get("mscale_all_dim"):
+        return 1.0
+    return _mscale(settings["factor"], settings["mscale_all_dim"]) ** 2
+
+
+def _kind(settings: dict[str, Any]) -> str:
+    return str(settings.get("rope_type") or settings.get("type") or "default")
+
+
+def _scaling(settings: dict[str, Any], max_positions: int, original: int | None) -> RopeScaling:
+    kind = cast(RopeKind, _kind(settings))
+    if kind == "default":
+        return RopeScaling()
+    factor = settings.get("factor")
+    if factor is None and kind == "yarn" and original:
+        factor = max_positions / original
+    if not isinstance(factor, int | float) or factor < 1:
+        raise ValueError(f"config.json: rope type {kind!r} needs a factor of at least 1, not {factor!r}")
+    factor = float(factor)
+    if kind == "linear":
+        return RopeScaling(kind, factor)
+    if kind == "dynamic":
+        return RopeScaling(kind, factor, original_max_positions=max_positions)
+    original = int(original or max_positions)
+    if kind == "llama3":
+        low, high = (settings.get(name) for name in ("low_freq_factor", "high_freq_factor"))
+        if low is None or high is None or low >= high:
+            raise ValueError(f"config.json: rope type 'llama3' needs low_freq_factor < high_freq_factor: {settings}")
+        return RopeScaling(kind, factor, original, low_freq_factor=float(low), high_freq_factor=float(high))
+    assert kind == "yarn"
+    return RopeScaling(
+        kind,
+        factor,
+        original,
+        beta_fast=float(settings.get("beta_fast") or 32),
+        beta_slow=float(settings.get("beta_slow") or 1),
+        attention_factor=_attention_factor(settings, factor),
+        truncate=bool(settings.get("truncate", True)),
+    )
+
+
+def _attention_factor(settings: dict[str, Any], factor: float) -> float:
+    """Yarn's factor on cos and sin (arXiv 2309.00071, section 3.4); DeepSeek's two mscales divide each other."""
+    if settings.get("attention_factor") is not None:
+        return float(settings["attention_factor"])
+    mscale, all_dim = settings.get("mscale"), settings.get("mscale_all_dim")
+    if mscale and all_dim:
+        return _mscale(factor, mscale) / _mscale(factor, all_dim)
+    return _mscale(factor, 1.0)
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

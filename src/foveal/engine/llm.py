@@ -1,0 +1,224 @@
+"""`LLM`: a model that answers."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foveal.cache import CacheManager, CacheUsage
+from foveal.cache.store import CacheStore, plan_cache
+from foveal.config import ModelConfig
+from foveal.engine.engine import Engine
+from foveal.engine.memory import CacheDemand, cache_pages
+from foveal.engine.outputs import RequestOutput
+from foveal.engine.params import SamplingParams
+from foveal.engine.request import Request
+from foveal.engine.runner import Runner
+from foveal.engine.scheduler import Scheduler
+from foveal.models.load import generation_defaults, load_model
+from foveal.models.resolve import resolve_model
+from foveal.models.tokenizer import load_tokenizer
+
+Prompt = str | Mapping[str, Any]
+"""Text, or {"prompt_token_ids": [...]}, with its text as "prompt" if that should be in the output."""
+Messages = Sequence[Mapping[str, Any]]
+"""A conversation: [{"role": "user", "content": "..."}, ...]."""
+
+
+class LLM:
+    """A model with its tokenizer, cache and engine.
+
+    >>> llm = LLM("smollm2")  # doctest: +SKIP
+    >>> llm.generate("The capital of France is", SamplingParams(temperature=0))[0].outputs[0].text  # doctest: +SKIP
+    ' Paris...'
+
+    `model` is a directory, a .gguf file, a Hub id or an alias. `dtype` (of the weights; "auto": the checkpoint's),
+    `kv_cache_dtype` (of latents) and `index_dtype` (of index keys) are names or torch dtypes. `max_model_len`: most
+    tokens of a prompt and its completion (None: the model's). `max_num_seqs` sequences run at a time, and a step
+    computes at most `max_num_batched_tokens` tokens. `kv_cache_memory`: bytes of the cache (None: a share of the
+    memory that is free, and no more than `max_num_seqs` sequences of `max_model_len` tokens need).
+    `enable_prefix_caching`: keep what was computed for prompts that begin alike. `seed`: for requests without one;
+    the same requests in the same order give the same tokens. `enforce_eager`: no fused steps, packed weights and
+    graphs. `skip_tokenizer_init`: token ids in, token ids out.
+
+    Raises ValueError for a value out of range, and where the model or the cache does not fit in memory.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "cpu",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 2048,
+        kv_cache_memory: int | None = None,
+        enable_prefix_caching: bool = True,
+        kv_cache_dtype: str | torch.dtype = "auto",
+        index_dtype: str | torch.dtype = "auto",
+        seed: int = 0,
+        enforce_eager: bool = False,
+        skip_tokenizer_init: bool = False,
+    ) -> None:
+        path = resolve_model(str(model))
+        self.tokenizer = None if skip_tokenizer_init else _tokenizer(path)
+        decoder = load_model(path, dtype=dtype, device=device, index_dtype=_name(index_dtype))
+        if not enforce_eager:
+            decoder.pack()
+        config = decoder.config
+        length = _model_length(max_model_len, config.max_positions)
+        plan = plan_cache(config, decoder.options.dtype, _name(kv_cache_dtype), _name(index_dtype))
+        demand = CacheDemand(max_num_seqs, length, whole=max_model_len is not None)
+        pages = cache_pages(plan, demand, kv_cache_memory, device)
+        slots = max_num_seqs + 1 if plan.has_slots else 0
+        manager = CacheManager(pages, slots, prefix_caching=enable_prefix_caching, window=plan.window)
+        scheduler = Scheduler(
+            manager,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            window=plan.window,
+        )
+        store = CacheStore(plan, pages, slots, device)
+        runner = Runner(decoder, store, manager, device=device, enforce_eager=enforce_eager)
+        self.engine = Engine(
+            runner,
+            manager,
+            scheduler,
+            vocab_size=config.vocab_size,
+            max_model_len=length,
+            eos_ids=_eos_ids(path, config),
+            tokenizer=self.tokenizer,
+            seed=seed,
+        )
+        self._added = 0
+        self._inbox: dict[str, deque[RequestOutput]] = {}
+
+    @property
+    def usage(self) -> CacheUsage:
+        """How full the cache is."""
+        return self.engine.usage
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete the prompts, all of them together; an output for each, in their order.
+
+        One SamplingParams for all, or one for each. A prompt that is too long gets an output with an `error`. Raises
+        ValueError, before anything is computed, for a prompt or parameter that makes no sense.
+        """
+        several = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params = [sampling_params or SamplingParams()] * len(several)
+        else:
+            params = list(sampling_params)
+        if len(params) != len(several):
+            raise ValueError(f"sampling_params has {len(params)} entries for {len(several)} prompts")
+        requests = [self._request(prompt, one) for prompt, one in zip(several, params, strict=True)]
+        final = {output.request_id: output for output in self._run(requests)}
+        return [final[request.id] for request in requests]
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Complete one prompt, with an output after every step that brought a token.
+
+        As in vLLM each output says everything so far: text and tokens are cumulative. Text that may begin a stop
+        string or is half a character waits for the next output. Closing the iterator ends the request.
+        """
+        request = self._request(prompt, sampling_params or SamplingParams(), stream=True)
+        return self._run([request])
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or each of several. Raises ValueError where the tokenizer has no chat template."""
+        several = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        return self.generate([self.chat_prompt(one) for one in several], sampling_params)  # type: ignore[arg-type]
+
+    def chat_prompt(self, messages: Messages) -> Prompt:
+        """The prompt that asks for the next message of a conversation, for `generate` and `stream`."""
+        text = self._text_tokenizer().apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        # The template has written the special tokens.
+        ids = self._text_tokenizer().encode(text, add_special_tokens=False)
+        return {"prompt": text, "prompt_token_ids": ids}
+
+    def _run(self, requests: Sequence[Request]) -> Iterator[RequestOutput]:
+        for request in requests:
+            self.engine.check(request)
+        try:
+            for request in requests:
+                self._inbox[request.id] = deque()
+                self.engine.add(request)
+            yield from self._outputs({request.id for request in requests})
+        finally:
+            # Also where the caller closes the iterator or presses Ctrl-C.
+            for request in requests:
+                self.engine.abort(request.id)
+                self._inbox.pop(request.id, None)
+
+    def _outputs(self, ids: set[str]) -> Iterator[RequestOutput]:
+        """The requests' outputs until all are finished; those of other iterators are kept for them."""
+        open_ids = set(ids)
+        while open_ids:
+            if not any(self._inbox[one] for one in open_ids):
+                self._deliver(self.engine.step())
+            for one in sorted(open_ids):
+                while self._inbox[one]:
+                    output = self._inbox[one].popleft()
+                    if output.finished:
+                        open_ids.discard(one)
+                    yield output
+
+    def _deliver(self, outputs: Iterable[RequestOutput]) -> None:
+        for output in outputs:
+            if output.request_id in self._inbox:
+                self._inbox[output.request_id].append(output)
+
+    def _request(self, prompt: Prompt, params: SamplingParams, *, stream: bool = False) -> Request:
+        text, ids = self._read_prompt(prompt)
+        request = Request(str(self._added), ids, params, prompt=text, stream=stream)
+        self._added += 1
+        return request
+
+    def _read_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, str):
+            return prompt, list(self._text_tokenizer().encode(prompt))
+        if not isinstance(prompt, Mapping) or not {"prompt_token_ids"} <= set(prompt) <= {"prompt", "prompt_token_ids"}:
+            raise ValueError(f'a prompt must be text or {{"prompt_token_ids": [...]}}, not {prompt!r}')
+        ids = prompt["prompt_token_ids"]
+        if not isinstance(ids, Sequence) or not all(type(token) is int for token in ids):
+            raise ValueError(f"prompt_token_ids must be a list of token ids, not {ids!r}")
+        return prompt.get("prompt"), list(ids)
+
+    def _text_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise ValueError("text needs a tokenizer, and skip_tokenizer_init = True left it out")
+        return self.tokenizer
+
+
+def _tokenizer(path: Path) -> Any:
+    return load_tokenizer(path)  # typed by transformers, whose decode may give lists of texts
+
+
+def _name(dtype: str | torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _model_length(asked: int | None, most: int) -> int:
+    if asked is None:
+        return most
+    if not 2 <= asked <= most:
+        raise ValueError(f"max_model_len must be from 2 to the model's {most} positions, not {asked!r}")
+    return asked
+
+
+def _eos_ids(path: Path, config: ModelConfig) -> list[int]:
+    """End-of-sequence ids of both config files; chat models often have more of them in generation_config.json."""
+    eos = generation_defaults(path).get("eos_token_id")
+    more = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return sorted({*config.eos_token_ids, *more})

@@ -1,0 +1,146 @@
+"""From logits to the next tokens, and their log probabilities.
+
+The order is vLLM's: log probabilities of the model's own logits; then bias, `min_tokens` and penalties; temperature;
+min-p, top-k, top-p; and one draw. Every row is treated alone, in token order, and has a generator of its own: what a
+sequence gets does not depend on what else is in the batch. Legend: L rows of the step, V vocabulary.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from foveal.engine.outputs import Logprob, Logprobs
+from foveal.engine.params import SamplingParams
+from foveal.engine.penalties import TokenCounts, penalise
+from foveal.engine.request import SequenceState
+
+DecodeToken = Callable[[int], str]
+
+# Tokens sorted first to find a nucleus; it nearly always lies within.
+_SHORTLIST = 1024
+
+
+class Sampler:
+    """Chooses tokens for one model. `eos_ids` end a sequence unless it ignores them."""
+
+    def __init__(self, eos_ids: Collection[int] = (), decode_token: DecodeToken | None = None) -> None:
+        self._eos_ids = frozenset(eos_ids)
+        self._decode_token = decode_token
+
+    def sample(self, logits_LV: Tensor, sequences: Sequence[SequenceState]) -> list[int]:
+        """The next token of each sequence from its row of logits (float32 [L, V], no NaN; unchanged)."""
+        if any(_changes_logits(sequence) for sequence in sequences):
+            logits_LV = logits_LV.clone()
+            for logits_V, sequence in zip(logits_LV, sequences, strict=True):
+                self._process(logits_V, sequence)
+        tokens_L = logits_LV.argmax(dim=-1)
+        drawn = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
+        if drawn:
+            rows_L = torch.tensor(drawn, device=logits_LV.device)
+            tokens_L[rows_L] = _draw(logits_LV[rows_L], [sequences[row] for row in drawn])
+        chosen: list[int] = tokens_L.tolist()
+        return chosen
+
+    def logprobs(self, logits_LV: Tensor, tokens: Sequence[int], count: int) -> list[Logprobs]:
+        """For each row the `count` likeliest tokens and the given one, by the model's own logits (float32 [L, V])."""
+        logprobs_LV = logits_LV.log_softmax(dim=-1)
+        tokens_L1 = torch.tensor(tokens, device=logits_LV.device).unsqueeze(1)
+        chosen_L1 = logprobs_LV.gather(1, tokens_L1)
+        ranks_L = (logprobs_LV > chosen_L1).sum(dim=-1) + 1
+        top = logprobs_LV.topk(count, dim=-1)
+        rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        entries = [
+            {token: self._logprob(token, value, rank) for rank, (token, value) in enumerate(zip(*row, strict=True), 1)}
+            for row in rows
+        ]
+        for entry, token, value, rank in zip(entries, tokens, chosen_L1[:, 0].tolist(), ranks_L.tolist(), strict=True):
+            entry.setdefault(token, self._logprob(token, value, rank))
+        return entries
+
+    def _logprob(self, token: int, value: float, rank: int) -> Logprob:
+        return Logprob(value, rank, self._decode_token(token) if self._decode_token else None)
+
+    def _process(self, logits_V: Tensor, sequence: SequenceState) -> None:
+        """Bias, `min_tokens` and penalties, in place."""
+        params = sequence.params
+        for token, bias in (params.logit_bias or {}).items():
+            logits_V[token] += bias
+        if sequence.output_length < params.min_tokens:
+            ends = self._ends(params)
+            logits_V[ends] = -torch.inf
+        if params.penalised:
+            if sequence.counts is None:
+                length = sequence.request.prompt_length
+                sequence.counts = TokenCounts(length, logits_V.numel(), logits_V.device)
+            sequence.counts.update(sequence.tokens)
+            penalise(logits_V, params, sequence.counts)
+
+    def _ends(self, params: SamplingParams) -> list[int]:
+        return sorted({*(params.stop_token_ids or ()), *(() if params.ignore_eos else self._eos_ids)})
+
+
+def _changes_logits(sequence: SequenceState) -> bool:
+    params = sequence.params
+    return params.penalised or bool(params.logit_bias) or sequence.output_length < params.min_tokens
+
+
+def _draw(logits_LV: Tensor, sequences: Sequence[SequenceState]) -> Tensor:
+    """One token a row (int64 [L]) from the distribution that its sequence asks for.
+
+    By inversion: the first token at which the cumulated probability exceeds a uniform number of the sequence's
+    generator.
+    """
+    logits_LV = _filtered(logits_LV, [sequence.params for sequence in sequences])
+    cumulated_LV = logits_LV.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    uniform = [torch.rand((), generator=sequence.generator, dtype=torch.float64) for sequence in sequences]
+    total_L = cumulated_LV[:, -1]
+    # Rounding must not reach the total, above which there is no token.
+    target_L = torch.minimum(torch.stack(uniform).to(total_L) * total_L, total_L.nextafter(torch.zeros_like(total_L)))
+    return torch.searchsorted(cumulated_LV, target_L.unsqueeze(1), right=True)[:, 0]
+
+
+def _filtered(logits_LV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Logits over temperature, and -inf for tokens that min-p, top-k or top-p leaves out."""
+
+    def per_row(values: Sequence[float], rows: Sequence[int] | None = None) -> Tensor:
+        chosen = values if rows is None else [values[row] for row in rows]
+        return torch.tensor(chosen, device=logits_LV.device).unsqueeze(1)
+
+    # The largest becomes 0, so that no temperature makes it infinite.
+    logits_LV = logits_LV - logits_LV.amax(dim=-1, keepdim=True)
+    logits_LV = logits_LV / per_row([one.temperature for one in params])
+    if any(one.min_p > 0 for one in params):
+        logits_LV = logits_LV.masked_fill(logits_LV < per_row([one.min_p for one in params]).log(), -torch.inf)
+    rows = [row for row, one in enumerate(params) if one.top_k > 0]
+    if rows:
+        limits_L1 = per_row([one.top_k for one in params], rows).clamp(max=logits_LV.shape[1])
+        logits_LV[rows] = _top(logits_LV[rows], limits_L1)
+    rows = [row for row, one in enumerate(params) if one.top_p < 1.0]
+    if rows:
+        sizes_L1 = _nucleus_sizes(logits_LV[rows], per_row([one.top_p for one in params], rows))
+        logits_LV[rows] = _top(logits_LV[rows], sizes_L1)
+    return logits_LV
+
+
+def _top(logits_LV: Tensor, sizes_L1: Tensor) -> Tensor:
+    """Each row with only its sizes_L1 (int64, 1 to V) largest values left, the others -inf; of equal ones the first."""
+    largest_LK = logits_LV.topk(int(sizes_L1.max()), dim=-1).values
+    least_L1 = largest_LK.gather(1, sizes_L1 - 1)
+    above_LV = logits_LV > least_L1
+    equal_LV = logits_LV == least_L1
+    places_L1 = sizes_L1 - above_LV.sum(dim=-1, keepdim=True)
+    kept_LV = above_LV | (equal_LV & (equal_LV.cumsum(dim=-1) <= places_L1))
+    return logits_LV.masked_fill(~kept_LV, -torch.inf)
+
+
+def _nucleus_sizes(logits_LV: Tensor, top_p_L1: Tensor) -> Tensor:
+    """How many likeliest tokens of each row it takes for probabilities of at least top_p in sum (int64 [L, 1])."""
+    probabilities_LV = logits_LV.softmax(dim=-1)
+    vocabulary = logits_LV.shape[1]
+    for size in (min(_SHORTLIST, vocabulary), vocabulary):
+        sorted_LK = probabilities_LV.topk(size, dim=-1).values
+        summed_LK = sorted_LK.cumsum(dim=-1, dtype=torch.float64)
+        if bool((summed_LK[:, -1:] >= top_p_L1).all()):
+            break
+    return (summed_LK < top_p_L1).sum(dim=-1, keepdim=True).add(1).clamp(max=vocabulary)

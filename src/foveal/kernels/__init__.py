@@ -1,0 +1,41 @@
+"""Operations on tensors: each has a naive `reference`, faster versions, and one public function that picks."""
+
+from typing import Any
+
+from foveal.kernels.dense import attention
+from foveal.kernels.dispatch import Operation
+from foveal.kernels.moe import experts
+from foveal.kernels.keys import Columns, Contexts, KeySource, OneHead, Queries, Rows
+from foveal.kernels.matmul import linear, pack_weight
+from foveal.kernels.quantise import hadamard, quantise_e4m3
+from foveal.kernels.rope import apply_rope
+from foveal.kernels.scan import causal_conv, selective_scan
+from foveal.kernels.selection import select
+from foveal.kernels.sparse import sparse_attention
+
+__all__ = [
+    "Columns",
+    "Contexts",
+    "KeySource",
+    "OneHead",
+    "Operation",
+    "Queries",
+    "Rows",
+    "apply_rope",
+    "attention",
+    "causal_conv",
+    "experts",
+    "hadamard",
+    "linear",
+    "operations",
+    "pack_weight",
+    "quantise_e4m3",
+    "select",
+    "selective_scan",
+    "sparse_attention",
+]
+
+
+def operations() -> tuple[Operation[..., Any], ...]:
+    """Every operation that has versions to choose from."""
+    return (attention, sparse_attention, select, experts, causal_conv, selective_scan)

@@ -1,0 +1,172 @@
+"""Where a kernel finds queries and keys: packed rows of one batch, or pages of a cache behind a page table."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from foveal.config.formats import PAGE_SIZE
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Which packed rows are whose queries, and where they stand.
+
+    Sequence s owns rows `offsets[s]` to `offsets[s + 1]`; its first query stands at position `positions[s]`, the others
+    follow one by one.
+    """
+
+    offsets: tuple[int, ...]
+    positions: tuple[int, ...]
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        """(first row, number of rows, first position) of each sequence."""
+        for (start, stop), position in zip(pairwise(self.offsets), self.positions, strict=True):
+            yield start, stop - start, position
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Queries of each sequence."""
+        return tuple(stop - start for start, stop in pairwise(self.offsets))
+
+    @property
+    def single(self) -> bool:
+        """Every sequence has one query (a decode step)."""
+        return self.offsets[-1] == len(self.positions)
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """Which stored rows are the keys of each sequence, in order of position."""
+
+    lengths: tuple[int, ...]
+    """Keys of each sequence."""
+    starts: tuple[int, ...]
+    """First row of a sequence whose rows follow one another, otherwise -1."""
+    table_SB: Tensor | None = None
+    """int64 page ids by sequence; None: every sequence's rows follow one another."""
+
+    @staticmethod
+    def packed(lengths: Sequence[int]) -> "Contexts":
+        """Rows of one batch, sequence after sequence."""
+        return Contexts(tuple(lengths), tuple(accumulate(lengths, initial=0))[:-1])
+
+    @staticmethod
+    def paged(table_SB: Tensor, lengths: Sequence[int]) -> "Contexts":
+        """Pages of a cache; a sequence whose pages happen to follow one another is read in place."""
+        starts = []
+        for pages, length in zip(table_SB.tolist(), lengths, strict=True):
+            used = pages[: -(-length // PAGE_SIZE)]
+            consecutive = all(right == left + 1 for left, right in pairwise(used))
+            starts.append(used[0] * PAGE_SIZE if used and consecutive else -1)
+        return Contexts(tuple(lengths), tuple(starts), table_SB)
+
+    def only(self, sequences: Sequence[int]) -> "Contexts":
+        """The contexts of some sequences."""
+        lengths, starts = (tuple(values[s] for s in sequences) for values in (self.lengths, self.starts))
+        table_SB = None if self.table_SB is None else self.table_SB[list(sequences)]
+        return Contexts(lengths, starts, table_SB)
+
+    @cached_property
+    def padded_SN(self) -> Tensor:
+        """int64 rows of every position up to the longest context. Past a sequence's length its last row is named again:
+        what it does not own may hold anything, NaN included."""
+        device = None if self.table_SB is None else self.table_SB.device
+        last_S1 = torch.tensor(self.lengths, device=device)[:, None] - 1
+        positions_SN = torch.arange(max(self.lengths), device=device).minimum(last_S1)
+        if self.table_SB is None:
+            return positions_SN + torch.tensor(self.starts)[:, None]
+        return self.table_SB.gather(1, positions_SN // PAGE_SIZE) * PAGE_SIZE + positions_SN % PAGE_SIZE
+
+    def rows(self, sequence: int, start: int, stop: int) -> Tensor | slice:
+        """The rows of positions [start, stop) of a sequence: a slice where they follow one another."""
+        if self.starts[sequence] >= 0:
+            return slice(self.starts[sequence] + start, self.starts[sequence] + stop)
+        return self.padded_SN[sequence, start:stop]
+
+    def locate(self, sequence: int, positions: Tensor) -> Tensor:
+        """int64 rows of some positions (any shape, int) of a sequence."""
+        positions = positions.long()
+        if self.starts[sequence] >= 0:
+            return positions + self.starts[sequence]
+        assert self.table_SB is not None
+        return self.table_SB[sequence][positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
+
+
+class Records(Protocol):
+    """Stored rows and how they are read; the record formats are in `foveal.kernels.records`."""
+
+    def read(self, rows: Tensor | slice) -> Tensor:
+        """The values of some rows: int64 rows of any shape, or a slice; adds the shape of one row."""
+
+
+def take_rows(values: Tensor, rows: Tensor | slice) -> Tensor:
+    """Rows of dimension 0: a view for a slice, otherwise copies, in the shape of `rows`."""
+    if isinstance(rows, slice):
+        return values[rows]
+    # Several times faster than indexing, which does not copy whole rows at a time.
+    return values.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+
+
+@dataclass(frozen=True)
+class KeySource:
+    """Keys (or values) of every sequence of a batch."""
+
+    records: Records
+    contexts: Contexts
+
+    def context(self, sequence: int, start: int, stop: int) -> Tensor:
+        """Rows of positions [start, stop) of a sequence: [stop - start, ...]."""
+        return self.records.read(self.contexts.rows(sequence, start, stop))
+
+    def padded(self) -> Tensor:
+        """Every sequence's rows side by side, [S, longest, ...]; past a sequence's length they mean nothing."""
+        if len(self.contexts.lengths) == 1:
+            return self.context(0, 0, self.contexts.lengths[0])[None]
+        return self.records.read(self.contexts.padded_SN)
+
+    def select(self, sequence: int, positions_TK: Tensor) -> Tensor:
+        """Rows of chosen positions (all >= 0) of a sequence: [T, K, ...]."""
+        return self.records.read(self.contexts.locate(sequence, positions_TK))
+
+    def only(self, sequences: Sequence[int]) -> "KeySource":
+        """The keys of some sequences."""
+        return replace(self, contexts=self.contexts.only(sequences))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Plain rows of numbers, [rows, ...]: this batch's own keys, or a cache that stores values as they are."""
+
+    values: Tensor
+
+    def read(self, rows: Tensor | slice) -> Tensor:
+        """See `Records.read`."""
+        return take_rows(self.values, rows)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The first `count` numbers of each row of other records (the latent part of a latent record is its value)."""
+
+    records: Records
+    count: int
+
+    def read(self, rows: Tensor | slice) -> Tensor:
+        """See `Records.read`."""
+        return self.records.read(rows)[..., : self.count]
+
+
+@dataclass(frozen=True)
+class OneHead:
+    """Records of one key for all heads, with the head axis that `attention` expects."""
+
+    records: Records
+
+    def read(self, rows: Tensor | slice) -> Tensor:
+        """See `Records.read`."""
+        return self.records.read(rows).unsqueeze(-2)

@@ -1,0 +1,59 @@
+"""Feed-forwards of the experts that tokens chose."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from foveal.kernels.dispatch import operation
+from foveal.kernels.matmul import linear
+
+Activation = Callable[[Tensor], Tensor]
+
+
+@operation(differentiable=True)
+def experts(
+    x_TD: Tensor,
+    weights_TA: Tensor,
+    chosen_TA: Tensor,
+    gate_up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    activation: Activation,
+) -> Tensor:
+    """Weighted sum over the chosen experts e of down_e(act(gate_e x) * up_e x).
+
+    x_TD: [T, D]; weights_TA: float32 [T, A]; chosen_TA: int64 [T, A]; gate_up: for each expert [2F, D], gate rows first;
+    down: [D, F]. Summed in float32, returned as [T, D] in x's dtype.
+    """
+    rows = []
+    for x_D, weights_A, chosen_A in zip(x_TD, weights_TA, chosen_TA.tolist(), strict=True):
+        outputs = [_expert(x_D[None], gate_up[e], down[e], activation)[0].float() for e in chosen_A]
+        rows.append((torch.stack(outputs) * weights_A[:, None]).sum(0))
+    return torch.stack(rows).to(x_TD)
+
+
+@experts.add("torch", differentiable=True)
+def _experts_grouped(
+    x_TD: Tensor,
+    weights_TA: Tensor,
+    chosen_TA: Tensor,
+    gate_up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    activation: Activation,
+) -> Tensor:
+    """Tokens grouped by expert: one product for each expert that any token chose, none for the others."""
+    order_X = chosen_TA.flatten().argsort(stable=True)
+    counts = torch.bincount(chosen_TA.flatten(), minlength=len(gate_up)).tolist()
+    token_X = order_X // chosen_TA.shape[1]
+    groups = torch.split(x_TD[token_X], [count for count in counts if count])
+    active = [e for e, count in enumerate(counts) if count]
+    outputs = [_expert(x_gD, gate_up[e], down[e], activation) for e, x_gD in zip(active, groups, strict=True)]
+    weighted_XD = torch.cat(outputs).float() * weights_TA.flatten()[order_X, None]
+    # Back to token order, then a sum over each token's experts: deterministic, unlike adding in place by index.
+    place_X = torch.empty_like(order_X).scatter_(0, order_X, torch.arange(len(order_X), device=order_X.device))
+    return weighted_XD[place_X].unflatten(0, chosen_TA.shape).sum(1).to(x_TD)
+
+
+def _expert(x_TD: Tensor, gate_up_FD: Tensor, down_DF: Tensor, activation: Activation) -> Tensor:
+    gate_TF, up_TF = linear(x_TD, gate_up_FD).chunk(2, -1)
+    return linear(activation(gate_TF) * up_TF, down_DF)

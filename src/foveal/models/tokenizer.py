@@ -1,0 +1,166 @@
+"""Tokenizers: transformers reads a directory's; a GGUF file's is built from its metadata."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foveal.models.gguf import read_gguf
+from foveal.models.resolve import resolve_model
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from tokenizers.pre_tokenizers import PreTokenizer
+    from transformers import PreTrainedTokenizerBase
+
+_CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+
+# How text is cut into words before merging, by `tokenizer.ggml.pre`: a regular expression of the models' authors.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLITS = {"llama-bpe": _WORDS % "{1,3}", "qwen2": _WORDS % "", "deepseek-r1-qwen": _WORDS % ""}
+
+
+def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a model (anything that `resolve_model` understands), with its chat template where it has one.
+
+    Raises ValueError where there is none, or none that can be read.
+    """
+    found = resolve_model(str(path))
+    return _from_gguf(found) if found.is_file() else _from_directory(found)
+
+
+def _from_directory(directory: Path) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    single = directory / "tokenizer.json"
+    known = (single, directory / "tokenizer.model", directory / "vocab.json", directory / "tokenizer_config.json")
+    if not any(file.is_file() for file in known):
+        raise ValueError(f"{directory} has no tokenizer (looked for {', '.join(file.name for file in known)})")
+    try:
+        if single.is_file() and not known[-1].is_file():
+            # AutoTokenizer would guess a class from the model's type, and that class may rebuild the tokenizer.
+            return _fast(tokenizer_file=str(single), **_config_tokens(directory))
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
+        return loaded
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise ValueError(f"the tokenizer in {directory} cannot be read: {error}") from error
+
+
+def _config_tokens(directory: Path) -> dict[str, str]:
+    """The begin and end tokens, which config.json names by id where there is no tokenizer_config.json."""
+    from tokenizers import Tokenizer
+
+    raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    ids = {name: raw.get(f"{name}_id") for name in ("bos_token", "eos_token")}
+    tokens = {name: backend.id_to_token(token_id) for name, token_id in ids.items() if isinstance(token_id, int)}
+    return {name: token for name, token in tokens.items() if token is not None}
+
+
+def _fast(**settings: Any) -> "PreTrainedTokenizerBase":
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast(**settings)
+    return tokenizer
+
+
+def _from_gguf(path: Path) -> "PreTrainedTokenizerBase":
+    metadata = read_gguf(path).metadata
+    fields = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+    if "tokens" not in fields:
+        raise ValueError(f"{path} has no tokenizer")
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    if fields.get("model") not in builders:
+        raise ValueError(f"{path}: tokenizer {fields.get('model')!r} is not supported (only {', '.join(builders)})")
+    try:
+        backend = builders[fields["model"]](fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    _add_special(backend, fields)
+    tokens = fields["tokens"]
+    special = {name: tokens[fields[f"{key}_token_id"]] for name, key in _SPECIAL.items() if f"{key}_token_id" in fields}
+    return _fast(
+        tokenizer_object=backend,
+        chat_template=metadata.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
+
+
+def _byte_level(fields: Mapping[str, Any]) -> "Tokenizer":
+    """Byte-level BPE, as GPT-2's."""
+    from tokenizers import Tokenizer, decoders, models
+
+    vocab = {token: index for index, token in enumerate(fields["tokens"])}
+    merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in fields["merges"])]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=fields.get("pre") == "llama-bpe"))
+    tokenizer.pre_tokenizer = _pre_tokenizer(fields.get("pre", "default"))
+    tokenizer.decoder = decoders.ByteLevel()
+    if fields.get("pre") in ("qwen2", "deepseek-r1-qwen"):
+        from tokenizers import normalizers
+
+        tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+def _pre_tokenizer(kind: str) -> "PreTokenizer":
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
+
+    if kind in ("default", "gpt-2"):
+        return ByteLevel(add_prefix_space=False)
+    if kind == "smollm":
+        return Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    if kind not in _SPLITS:
+        known = ", ".join(["gpt-2", "smollm", *_SPLITS])
+        raise ValueError(f"'tokenizer.ggml.pre' = {kind!r} is not supported (only {known})")
+    split = Split(Regex(_SPLITS[kind]), behavior="isolated")
+    return Sequence([split, ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _sentencepiece(fields: Mapping[str, Any]) -> "Tokenizer":
+    """SentencePiece BPE with byte fallback, as Llama 1 and 2's."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    vocab = {token: index for index, token in enumerate(fields["tokens"])}
+    unknown = fields["tokens"][fields.get("unknown_token_id", 0)]
+    merges = _merges(vocab, fields["scores"])
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    prefix = fields.get("add_space_prefix", True)
+    tokenizer.normalizer = normalizers.Sequence(
+        [*([normalizers.Prepend("▁")] if prefix else []), normalizers.Replace(" ", "▁")]
+    )
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return tokenizer
+
+
+def _merges(vocab: Mapping[str, int], scores: list[float]) -> list[tuple[str, str]]:
+    """SentencePiece joins whatever pair makes the best-scored piece; as a list, best first."""
+    pairs = [
+        (scores[index], (piece[:cut], piece[cut:]))
+        for piece, index in vocab.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in vocab and piece[cut:] in vocab
+    ]
+    return [pair for _, pair in sorted(pairs, key=lambda scored: -scored[0])]
+
+
+def _add_special(tokenizer: "Tokenizer", fields: Mapping[str, Any]) -> None:
+    """Tokens that are matched whole, and a begin token before every text where the file asks for it."""
+    from tokenizers import AddedToken, processors
+
+    kinds = list(zip(fields["tokens"], fields.get("token_type", []), strict=False))
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token, kind in kinds if kind == _CONTROL])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token, kind in kinds if kind == _USER_DEFINED])
+    if fields.get("add_bos_token", fields["model"] == "llama") and "bos_token_id" in fields:
+        bos = fields["tokens"][fields["bos_token_id"]]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, fields["bos_token_id"])]
+        )

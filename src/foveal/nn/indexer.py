@@ -1,0 +1,84 @@
+"""The lightning indexer: glances at every token and picks those that attention reads."""
+
+import torch
+from torch import Tensor, nn
+
+from foveal.cache.layouts import BlockCache
+from foveal.config.formats import index_key_bytes
+from foveal.config.model import IndexerConfig
+from foveal.kernels import KeySource, Queries, Rows, apply_rope, select
+from foveal.kernels.records import quantise_index
+from foveal.nn.linear import Linear
+from foveal.nn.mla import gather_queries
+from foveal.nn.norm import LayerNorm
+from foveal.nn.step import Step
+
+
+class Indexer(nn.Module):
+    """DeepSeek Sparse Attention's indexer (DeepSeek-V3.2 report, section 2.1; `inference/model.py`, `Indexer`).
+
+    `stored`: what keys are kept as. With "fp8", queries and keys are turned by a Hadamard matrix and rounded to e4m3
+    with power-of-two scales, as DeepSeek runs it; with a torch dtype the turn would change nothing and is left out.
+    """
+
+    def __init__(self, config: IndexerConfig, hidden_size: int, dtype: torch.dtype, stored: torch.dtype | str) -> None:
+        super().__init__()
+        self.config, self.stored = config, stored
+        index_key_bytes(config.head_dim, str(stored).removeprefix("torch."))  # refuses what fp8 cannot hold
+        self.wq_b = Linear(config.query_dim, config.heads * config.head_dim, dtype=dtype)
+        self.wk = Linear(hidden_size, config.head_dim, dtype=dtype)
+        self.k_norm = LayerNorm(config.head_dim, config.norm_eps)
+        self.weights_proj = Linear(hidden_size, config.heads, dtype=torch.float32)
+
+    def forward(self, x_TD: Tensor, latent_TX: Tensor, step: Step, cache: BlockCache | None) -> Tensor | None:
+        """The selection, int32 [T, topk]; None while no sequence of the batch is longer than topk.
+
+        Index keys are computed and cached in any case.
+        """
+        keys = self._keys(x_TD, step, cache)
+        members = [s for s, length in enumerate(step.contexts.lengths) if length > self.config.topk]
+        if not members:
+            return None
+        if len(members) == len(step.contexts.lengths):
+            return self._select(x_TD, latent_TX, step.angles(self.config.rope), keys, step.queries)
+        selection_TK = self._everything(step)
+        rows_t, queries = gather_queries(step.queries, members, x_TD.device)
+        cos_TR, sin_TR = step.angles(self.config.rope)
+        angles = cos_TR[rows_t], sin_TR[rows_t]
+        selection_TK[rows_t] = self._select(x_TD[rows_t], latent_TX[rows_t], angles, keys.only(members), queries)
+        return selection_TK
+
+    def _keys(self, x_TD: Tensor, step: Step, cache: BlockCache | None) -> KeySource:
+        rope = self.config.rope
+        k_TJ = self.k_norm(self.wk(x_TD)).to(x_TD.dtype)
+        k_TJ = apply_rope(k_TJ[:, None], *step.angles(rope), interleaved=rope.interleaved)[:, 0]
+        if cache is not None:
+            return step.keep(cache.index, k_TJ)
+        if isinstance(self.stored, torch.dtype):
+            return KeySource(Rows(k_TJ.to(self.stored)), step.contexts)
+        values, scale_T = quantise_index(k_TJ)
+        return KeySource(Rows(values.float() * scale_T[:, None]), step.contexts)
+
+    def _select(
+        self, x_TD: Tensor, latent_TX: Tensor, angles: tuple[Tensor, Tensor], keys: KeySource, queries: Queries
+    ) -> Tensor:
+        with torch.no_grad():  # which tokens are picked has no gradient; training compares the scores themselves
+            q_TIJ, weights_TI = self.query(x_TD, latent_TX, angles)
+            return select(q_TIJ, weights_TI, keys, queries, topk=self.config.topk)
+
+    def query(self, x_TD: Tensor, latent_TX: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Index queries [T, I, J] and head weights, float32 [T, I], all scales folded into the weights."""
+        config = self.config
+        q_TIJ = self.wq_b(latent_TX).unflatten(-1, (config.heads, config.head_dim))
+        q_TIJ = apply_rope(q_TIJ, *angles, interleaved=config.rope.interleaved)
+        weights_TI = self.weights_proj(x_TD.float()) * (config.heads**-0.5 * config.head_dim**-0.5)
+        if self.stored == "fp8":
+            values, scale_TI = quantise_index(q_TIJ)
+            return values.float(), weights_TI * scale_TI
+        return q_TIJ, weights_TI
+
+    def _everything(self, step: Step) -> Tensor:
+        """The selection of queries that see no more than topk tokens: all of them."""
+        positions_T1 = step.batch.positions_T[:, None]
+        place_K = torch.arange(self.config.topk, device=positions_T1.device, dtype=torch.int32)
+        return torch.where(place_K <= positions_T1, place_K, -1).to(torch.int32)

@@ -1,0 +1,158 @@
+"""Multi-head latent attention: one small latent a token instead of keys and values by head."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from foveal.cache.layouts import BlockCache
+from foveal.config.model import MLAConfig
+from foveal.costs import MLAForm, cheapest_mla_form
+from foveal.kernels import Columns, Contexts, KeySource, OneHead, Queries, Rows, apply_rope, attention, sparse_attention
+from foveal.nn.linear import Linear
+from foveal.nn.mixer import Mixer
+from foveal.nn.norm import RMSNorm
+from foveal.nn.step import Step
+
+FORMS = ("auto", "expanded", "absorbed")
+
+
+class MLA(Mixer):
+    """MLA (DeepSeek-V2, arXiv 2405.04434, section 2.1), dense or over a selection.
+
+    Each sequence takes the form with the fewest multiply-accumulates (`foveal.costs.mla_macs`): expanded (per-head keys
+    and values) or absorbed (queries in the latent space) when it sees everything, and the same two as masked or sparse
+    when a selection leaves something out. `form` forces one of the two. All give the same numbers.
+    """
+
+    def __init__(self, config: MLAConfig, hidden_size: int, dtype: torch.dtype, form: str = "auto") -> None:
+        super().__init__()
+        if form not in FORMS:
+            raise ValueError(f"mla_form must be one of {', '.join(FORMS)}, not {form!r}")
+        self.config, self.form = config, form
+        query = config.heads * (config.nope_dim + config.rope_dim)
+        rank, eps, bias = config.kv_lora_rank, config.latent_norm_eps, config.bias
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(hidden_size, query, dtype=dtype)
+        else:
+            self.q_a_proj = Linear(hidden_size, config.q_lora_rank, bias=bias, dtype=dtype)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps, dtype=dtype)
+            self.q_b_proj = Linear(config.q_lora_rank, query, dtype=dtype)
+        self.kv_a_proj_with_mqa = Linear(hidden_size, rank + config.rope_dim, bias=bias, dtype=dtype)
+        self.kv_a_layernorm = RMSNorm(rank, eps, dtype=dtype)
+        self.kv_b_proj = UnpackedLinear(rank, config.heads * (config.nope_dim + config.value_dim), dtype=dtype)
+        self.o_proj = Linear(config.heads * config.value_dim, hidden_size, bias=bias, dtype=dtype)
+
+    def query_latent(self, x_TD: Tensor) -> Tensor:
+        """[T, q_lora_rank], normed; the hidden state where there is no query latent."""
+        if self.config.q_lora_rank is None:
+            return x_TD
+        return self.q_a_layernorm(self.q_a_proj(x_TD))
+
+    def forward(self, x_TD: Tensor, latent_TX: Tensor, step: Step, cache: BlockCache | None) -> Tensor:
+        """See `Mixer.forward`."""
+        config = self.config
+        project = self.q_proj if config.q_lora_rank is None else self.q_b_proj
+        q_THX = project(latent_TX).unflatten(-1, (config.heads, -1))
+        q_nope_THP, q_pe_THR = q_THX.split([config.nope_dim, config.rope_dim], -1)
+        c_kv_TC, k_pe_TR = self.kv_a_proj_with_mqa(x_TD).split([config.kv_lora_rank, config.rope_dim], -1)
+        # One rope for the queries of all heads and the one key.
+        pe_TXR = torch.cat((q_pe_THR, k_pe_TR[:, None]), 1)
+        pe_TXR = apply_rope(pe_TXR, *step.angles(config.rope), interleaved=config.rope.interleaved)
+        q_pe_THR, k_pe_TR = pe_TXR[:, :-1], pe_TXR[:, -1]
+        latents = step.keep(cache.latent if cache else None, torch.cat((self.kv_a_layernorm(c_kv_TC), k_pe_TR), -1))
+        out_THV = self._attend(q_nope_THP, q_pe_THR, latents, step)
+        return self.o_proj(out_THV.flatten(1))
+
+    def _attend(self, q_nope_THP: Tensor, q_pe_THR: Tensor, latents: KeySource, step: Step) -> Tensor:
+        """Each sequence in its own form; sequences of one form together."""
+        forms = self._forms(step)
+        if len(set(forms)) == 1:
+            return self._run(forms[0], q_nope_THP, q_pe_THR, latents, step.queries, step.selection_TK)
+        out_THV = q_nope_THP.new_empty(*q_nope_THP.shape[:2], self.config.value_dim)
+        for form in sorted(set(forms)):
+            members = [s for s, other in enumerate(forms) if other == form]
+            rows_t, queries = gather_queries(step.queries, members, q_nope_THP.device)
+            selection_tK = None if step.selection_TK is None else step.selection_TK[rows_t]
+            part = self._run(
+                form, q_nope_THP[rows_t], q_pe_THR[rows_t], latents.only(members), queries, selection_tK
+            )
+            out_THV = out_THV.index_copy(0, rows_t, part)
+        return out_THV
+
+    def _forms(self, step: Step) -> list[MLAForm]:
+        topk = None if step.selection_TK is None else step.selection_TK.shape[1]
+        return [
+            self._form(count, context, topk)
+            for count, context in zip(step.queries.lengths, step.contexts.lengths, strict=True)
+        ]
+
+    def _form(self, queries: int, context: int, topk: int | None) -> MLAForm:
+        if self.form == "auto":
+            return cheapest_mla_form(self.config, queries, context, topk)
+        selects = topk is not None and context > topk
+        if self.form == "expanded":
+            return "masked" if selects else "expanded"
+        return "sparse" if selects else "absorbed"
+
+    def _run(
+        self,
+        form: MLAForm,
+        q_nope_THP: Tensor,
+        q_pe_THR: Tensor,
+        latents: KeySource,
+        queries: Queries,
+        selection_TK: Tensor | None,
+    ) -> Tensor:
+        scale = self.config.scale
+        if form in ("expanded", "masked"):
+            keys, values = self._expand(latents)
+            q_THP = torch.cat((q_nope_THP, q_pe_THR), -1)
+            chosen = selection_TK if form == "masked" else None
+            return attention(q_THP, keys, values, queries, scale=scale, selection_TK=chosen)
+        up_k_HPC, up_v_HVC = self._up_projections()
+        absorbed_THC = torch.bmm(q_nope_THP.transpose(0, 1), up_k_HPC).transpose(0, 1)
+        q_THX = torch.cat((absorbed_THC, q_pe_THR), -1)
+        rank = self.config.kv_lora_rank
+        if form == "sparse":
+            assert selection_TK is not None
+            out_THC = sparse_attention(q_THX, latents, rank, selection_TK, queries, scale=scale)
+        else:
+            keys = KeySource(OneHead(latents.records), latents.contexts)
+            values = KeySource(Columns(keys.records, rank), latents.contexts)
+            out_THC = attention(q_THX, keys, values, queries, scale=scale)
+        return torch.bmm(out_THC.transpose(0, 1), up_v_HVC.transpose(1, 2)).transpose(0, 1)
+
+    def _up_projections(self) -> tuple[Tensor, Tensor]:
+        """W_UK [H, P, C] and W_UV [H, V, C]."""
+        config = self.config
+        both_HXC = self.kv_b_proj.weight.unflatten(0, (config.heads, -1))
+        return both_HXC[:, : config.nope_dim], both_HXC[:, config.nope_dim :]
+
+    def _expand(self, latents: KeySource) -> tuple[KeySource, KeySource]:
+        """Keys [H, P + R] and values [H, V] of every context, packed."""
+        config, lengths = self.config, latents.contexts.lengths
+        latent_NX = torch.cat([latents.context(s, 0, length) for s, length in enumerate(lengths)])
+        c_kv_NC, k_pe_NR = latent_NX.split([config.kv_lora_rank, config.rope_dim], -1)
+        kv_NHX = self.kv_b_proj(c_kv_NC).unflatten(-1, (config.heads, -1))
+        k_nope_NHP, v_NHV = kv_NHX.split([config.nope_dim, config.value_dim], -1)
+        k_NHP = torch.cat((k_nope_NHP, k_pe_NR[:, None].expand(-1, config.heads, -1)), -1)
+        contexts = Contexts.packed(lengths)
+        return KeySource(Rows(k_NHP), contexts), KeySource(Rows(v_NHV), contexts)
+
+
+class UnpackedLinear(Linear):
+    """A linear layer whose weight is also read by itself (absorption), so it stays as it is."""
+
+    def pack(self) -> None:
+        """Nothing."""
+
+
+def gather_queries(queries: Queries, members: Sequence[int], device: torch.device) -> tuple[Tensor, Queries]:
+    """The packed rows of some sequences, and how they are packed once gathered."""
+    rows = [row for s in members for row in range(queries.offsets[s], queries.offsets[s + 1])]
+    offsets = [0]
+    for s in members:
+        offsets.append(offsets[-1] + queries.lengths[s])
+    positions = tuple(queries.positions[s] for s in members)
+    return torch.tensor(rows, device=device), Queries(tuple(offsets), positions)

@@ -1,0 +1,92 @@
+"""Mixture of experts: a router, routed experts, and a shared one."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from foveal.config.model import MoEConfig, RouterConfig
+from foveal.kernels import experts, pack_weight
+from foveal.nn.mlp import ACTIVATIONS, MLP
+
+
+class Router(nn.Module):
+    """Chooses experts for each token and weighs them (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
+
+    def __init__(self, config: RouterConfig, hidden_size: int, experts: int, per_token: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config, self.per_token = config, per_token
+        self.weight = nn.Parameter(torch.empty(experts, hidden_size, dtype=dtype))
+        if config.correction_bias:
+            # Moved by load statistics in training, never by a gradient.
+            bias = torch.zeros(experts, dtype=torch.float32)
+            self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights, float32 [T, A], and experts, int64 [T, A]."""
+        config = self.config
+        logits_TE = functional.linear(x_TD.float(), self.weight.float())
+        scores_TE = logits_TE.sigmoid() if config.scoring == "sigmoid" else logits_TE.softmax(-1)
+        choice_TE = scores_TE + self.e_score_correction_bias if config.correction_bias else scores_TE
+        if config.groups > 1:
+            choice_TE = choice_TE.masked_fill(~self._kept(choice_TE), config.masked_score)
+        chosen_TA = choice_TE.topk(self.per_token, -1).indices
+        weights_TA = scores_TE.gather(1, chosen_TA)
+        if config.normalise:
+            # 1e-20 as in transformers: all chosen scores may be zero.
+            weights_TA = weights_TA / (weights_TA.sum(-1, keepdim=True) + 1e-20)
+        return weights_TA * config.scale, chosen_TA
+
+    def _kept(self, choice_TE: Tensor) -> Tensor:
+        """bool [T, E]: experts of the groups with the highest group score."""
+        config = self.config
+        grouped_TGX = choice_TE.unflatten(-1, (config.groups, -1))
+        if config.group_score == "top2":
+            group_TG = grouped_TGX.topk(min(2, grouped_TGX.shape[-1]), -1).values.sum(-1)
+        else:
+            group_TG = grouped_TGX.amax(-1)
+        best_TX = group_TG.topk(config.groups_kept, -1).indices
+        kept_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter_(1, best_TX, True)
+        return kept_TG.repeat_interleave(grouped_TGX.shape[-1], -1)
+
+
+class Experts(nn.Module):
+    """The routed experts' weights, stacked."""
+
+    def __init__(self, experts: int, hidden_size: int, hidden: int, activation: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * hidden, hidden_size, dtype=dtype))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, hidden, dtype=dtype))
+        self.activation = ACTIVATIONS[activation]
+        self._packed: tuple[list[Tensor], list[Tensor]] | None = None
+
+    def forward(self, x_TD: Tensor, weights_TA: Tensor, chosen_TA: Tensor) -> Tensor:
+        """[T, D] -> [T, D], the weighted sum over each token's experts."""
+        gate_up, down = self._packed or (self.gate_up_proj.unbind(0), self.down_proj.unbind(0))
+        return experts(x_TD, weights_TA, chosen_TA, gate_up, down, self.activation)
+
+    def pack(self) -> None:
+        """Trade the stacked weights for packed ones, for inference."""
+        self._packed = [pack_weight(w) for w in self.gate_up_proj], [pack_weight(w) for w in self.down_proj]
+        del self.gate_up_proj, self.down_proj
+
+
+class MoE(nn.Module):
+    """Routed experts plus the shared expert."""
+
+    def __init__(self, config: MoEConfig, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate = Router(config.router, hidden_size, config.experts, config.per_token, dtype)
+        self.experts = Experts(config.experts, hidden_size, config.hidden, config.activation, dtype)
+        self.shared_experts = (
+            MLP(hidden_size, config.shared_hidden, config.activation, bias=config.bias, dtype=dtype)
+            if config.shared_hidden
+            else None
+        )
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, D] -> [T, D], and the experts chosen, int64 [T, A]."""
+        weights_TA, chosen_TA = self.gate(x_TD)
+        out_TD = self.experts(x_TD, weights_TA, chosen_TA)
+        if self.shared_experts is not None:
+            out_TD = out_TD + self.shared_experts(x_TD)
+        return out_TD, chosen_TA

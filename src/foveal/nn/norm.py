@@ -1,0 +1,32 @@
+"""Normalisation."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, rms_norm
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size, dtype=dtype))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape and dtype."""
+        return rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with weight and bias in float32 whatever the model's dtype (the indexer's key norm)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(size, dtype=torch.float32))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32, same shape."""
+        return layer_norm(x.float(), (x.shape[-1],), self.weight, self.bias, self.eps)

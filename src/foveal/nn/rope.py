@@ -1,0 +1,88 @@
+"""Rotary angles for every scaling."""
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from foveal.config.model import RopeConfig
+
+
+def rope_angles(
+    rope: RopeConfig, positions_T: Tensor, lengths: list[tuple[int, int]]
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, float32 [T, dim / 2] each, yarn's attention factor applied.
+
+    positions_T: int64 [T]. lengths: (tokens in this batch, prompt length) of each sequence, for `dynamic` scaling only:
+    there the frequencies of a token depend on max(prompt length, its position + 1), which is what generating token by
+    token after a whole prompt does in transformers, and does not change with chunking or recomputation.
+    """
+    if rope.scaling.kind == "dynamic":
+        frequencies = _dynamic_frequencies(rope, positions_T, lengths)
+    else:
+        frequencies = frequencies_of(rope).to(positions_T.device)
+    angles_TR = positions_T[:, None].float() * frequencies
+    factor = rope.scaling.attention_factor
+    cos_TR, sin_TR = angles_TR.cos(), angles_TR.sin()
+    return (cos_TR, sin_TR) if factor == 1.0 else (cos_TR * factor, sin_TR * factor)
+
+
+@lru_cache
+def frequencies_of(rope: RopeConfig) -> Tensor:
+    """Inverse frequencies, float32 [dim / 2], of every scaling but `dynamic`."""
+    plain_R = _inverse_powers(rope.theta, rope.dim)
+    scaling = rope.scaling
+    if scaling.kind == "linear":
+        return plain_R / scaling.factor
+    if scaling.kind == "llama3":
+        return _llama3(rope, plain_R)
+    if scaling.kind == "yarn":
+        return _yarn(rope, plain_R)
+    return plain_R
+
+
+def _inverse_powers(theta: float, dim: int) -> Tensor:
+    return 1.0 / theta ** (torch.arange(0, dim, 2).float() / dim)
+
+
+def _llama3(rope: RopeConfig, plain_R: Tensor) -> Tensor:
+    """Llama 3.1: long waves slowed down, short ones kept, a ramp between (`transformers` modeling_rope_utils)."""
+    scaling = rope.scaling
+    wavelengths_R = 2 * math.pi / plain_R
+    ramp_R = (scaling.original_max_positions / wavelengths_R - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    kept_R = ramp_R.clamp(0, 1)
+    return plain_R / scaling.factor * (1 - kept_R) + plain_R * kept_R
+
+
+def _yarn(rope: RopeConfig, plain_R: Tensor) -> Tensor:
+    """YaRN (arXiv 2309.00071, section 3.2): interpolate dimensions that turn less than beta_slow times within the
+    trained context, keep those that turn more than beta_fast times, a ramp between."""
+    scaling = rope.scaling
+
+    def dimension(turns: float) -> float:
+        length = scaling.original_max_positions
+        return rope.dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dim - 1)
+    if low == high:
+        high += 0.001  # as in the reference: avoids a division by zero
+    ramp_R = ((torch.arange(rope.dim // 2).float() - low) / (high - low)).clamp(0, 1)
+    return plain_R / scaling.factor * ramp_R + plain_R * (1 - ramp_R)
+
+
+def _dynamic_frequencies(rope: RopeConfig, positions_T: Tensor, lengths: list[tuple[int, int]]) -> Tensor:
+    """float32 [T, dim / 2]. Dynamic NTK: theta grows with the length seen (`transformers` modeling_rope_utils)."""
+    scaling, dim = rope.scaling, rope.dim
+    counts, prompts = torch.tensor(lengths).T
+    prompt_T = torch.repeat_interleave(prompts, counts).to(positions_T.device)
+    length_T = torch.maximum(prompt_T, positions_T + 1).clamp_min(scaling.original_max_positions)
+    stretch_T = scaling.factor * length_T / scaling.original_max_positions - (scaling.factor - 1)
+    theta_T = rope.theta * stretch_T.double() ** (dim / (dim - 2))
+    exponents_R = torch.arange(0, dim, 2, device=positions_T.device).double() / dim
+    return (1.0 / theta_T[:, None] ** exponents_R).float()

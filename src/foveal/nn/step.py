@@ -1,0 +1,58 @@
+"""What all layers of one forward share: positions, where keys lie, rope angles, the current selection."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from foveal.config.model import RopeConfig
+from foveal.kernels import Contexts, KeySource, Queries, Rows
+from foveal.cache.layouts import PagedLayout
+from foveal.nn.batch import Batch
+from foveal.nn.rope import rope_angles
+
+
+@dataclass
+class Step:
+    """One forward pass over a batch."""
+
+    batch: Batch
+    queries: Queries
+    contexts: Contexts
+    rows_T: Tensor | None
+    """Cache rows of the new tokens; None without a cache."""
+    selection_TK: Tensor | None = None
+    """The selection of the last indexer that ran: int32 positions, ascending, -1 last. None: everything is seen."""
+    collected: dict[str, list[Any]] = field(default_factory=dict)
+    _angles: dict[RopeConfig, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(batch: Batch) -> "Step":
+        """The step that computes a batch."""
+        rows_T = None if batch.table_SB is None else batch.rows_T
+        return Step(batch, batch.queries, batch.contexts, rows_T)
+
+    def angles(self, rope: RopeConfig) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of every token's angles, float32 [T, dim / 2] each; computed once a step."""
+        key = RopeConfig(rope.dim, rope.theta, scaling=rope.scaling)
+        if key not in self._angles:
+            self._angles[key] = rope_angles(rope, self.batch.positions_T, self._rope_lengths())
+        return self._angles[key]
+
+    def keep(self, layout: PagedLayout | None, values_TX: Tensor) -> KeySource:
+        """Store this step's rows in the cache, where there is one, and say where all rows of each sequence are."""
+        if layout is None:
+            return KeySource(Rows(values_TX), self.contexts)
+        assert self.rows_T is not None
+        layout.write(self.rows_T, values_TX)
+        return KeySource(layout.records, self.contexts)
+
+    def collect(self, name: str, value: Any) -> None:
+        """Keep something that the batch's caller asked for."""
+        if name in self.batch.collect:
+            self.collected.setdefault(name, []).append(value)
+
+    def _rope_lengths(self) -> list[tuple[int, int]]:
+        """(tokens, prompt length) of each sequence."""
+        lengths = self.batch.rope_lengths or self.batch.k_lengths
+        return list(zip(self.queries.lengths, lengths, strict=True))

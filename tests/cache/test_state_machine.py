@@ -1,0 +1,293 @@
+"""The cache manager under random use, against a model that keeps what every page and slot really holds.
+
+The model plays the engine: it writes tokens into pages through the tables, applies the copies of a fork, and reads
+every sequence back after every step. It knows by brute force which pages can be hit.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    MultipleResults,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
+
+from foveal.cache import PAGE_SIZE, CacheManager
+
+# hash((-1,) * 64) == hash((-2,) * 64) in CPython: pages of these two tokens collide in the index without any help.
+TOKENS = (-1, -2, 3)
+assert hash((-1,) * PAGE_SIZE) == hash((-2,) * PAGE_SIZE)
+
+MAX_TOKENS = 6 * PAGE_SIZE
+tails = st.integers(0, PAGE_SIZE - 1) | st.just(0)
+prompts = st.tuples(
+    st.lists(st.sampled_from(TOKENS), max_size=3), tails, st.sampled_from(TOKENS)
+)  # whole pages of one token each, and a tail
+salts = st.sampled_from([None, "salt"])
+counts = st.sampled_from([1, 7, PAGE_SIZE - 1, PAGE_SIZE, PAGE_SIZE + 1, 2 * PAGE_SIZE + 5])
+
+Prefix = tuple[str | None, tuple[int, ...]]
+
+
+@dataclass
+class ModelSequence:
+    """What the engine knows of a request."""
+
+    salt: str | None
+    tokens: list[int]
+    """All tokens, computed or not."""
+    computed: int
+    queried: int
+    hit: int
+
+
+@dataclass
+class Memory:
+    """What pages and slots really hold."""
+
+    pages: dict[int, list[int | None]] = field(default_factory=dict)
+    slots: dict[int, list[int]] = field(default_factory=dict)
+
+    def write(self, page: int, place: int, token: int) -> None:
+        self.pages.setdefault(page, [None] * PAGE_SIZE)[place] = token
+
+    def read(self, page: int, place: int) -> int | None:
+        return self.pages.get(page, [None] * PAGE_SIZE)[place]
+
+
+class CacheMachine(RuleBasedStateMachine):
+    keys = Bundle("keys")
+
+    @initialize(
+        pages=st.integers(2, 10),
+        slots=st.sampled_from([0, 0, 0, 4]),
+        prefix_caching=st.sampled_from([True, True, True, False]),
+        window=st.sampled_from([None, None, None, 1, 40, 64, 100, 129]),
+    )
+    def start(self, pages: int, slots: int, prefix_caching: bool, window: int | None) -> None:
+        self.manager = CacheManager(pages, slots, prefix_caching=prefix_caching, window=window)
+        self.pages, self.slots, self.window = pages, slots, window
+        self.caches = prefix_caching and not slots
+        self.memory = Memory()
+        self.sequences: dict[int, ModelSequence] = {}
+        self.indexed: dict[Prefix, int] = {}
+        self.past: list[tuple[str | None, list[int]]] = []
+        self.queried = self.hit = self.next_key = 0
+
+    # What the engine does.
+
+    @precondition(lambda self: self.manager.can_admit())
+    @rule(target=keys, prompt=prompts, salt=salts)
+    def admit(self, prompt: tuple[list[int], int, int], salt: str | None) -> int:
+        labels, tail, token = prompt
+        return self._admit([label for label in labels for _ in range(PAGE_SIZE)] + [token] * tail, salt)
+
+    @precondition(lambda self: self.past and self.manager.can_admit())
+    @rule(target=keys, data=st.data(), aligned=st.booleans())
+    def admit_again(self, data: st.DataObject, aligned: bool) -> int:
+        """A preempted or repeated request; where `aligned`, a prompt of whole pages which may be cached to its end."""
+        salt, tokens = data.draw(st.sampled_from(self.past))
+        return self._admit(tokens[: len(tokens) // PAGE_SIZE * PAGE_SIZE] if aligned else tokens, salt)
+
+    @rule(key=keys, count=counts, token=st.sampled_from(TOKENS), rejected=st.integers(0, 3))
+    def append(self, key: int, count: int, token: int, rejected: int) -> None:
+        """A step: what is left of the prompt, or new tokens, of which the last ones may be rejected (speculation)."""
+        sequence = self.sequences[key]
+        pending = sequence.tokens[sequence.computed :][:count]
+        new = pending or [token] * min(count, MAX_TOKENS - sequence.computed)
+        length = sequence.computed + len(new)
+        if not self._reserve(key, length):
+            return
+        self._write(key, sequence.computed, new)
+        kept = len(new) if pending else max(0, len(new) - rejected)
+        if not pending:
+            sequence.tokens += new[:kept]
+        self._commit(key, sequence.computed + kept)
+
+    @rule(key=keys, length=st.integers(0, MAX_TOKENS))
+    def reserve_only(self, key: int, length: int) -> None:
+        self._reserve(key, length)
+
+    @rule(target=keys, parent=keys)
+    def fork(self, parent: int) -> int | MultipleResults[int]:
+        child, source = self._new_key(), self.sequences[parent]
+        partial = source.computed % PAGE_SIZE != 0
+        before, usage = self._tables(), self.manager.usage
+        room = (not partial or usage.pages_free + usage.pages_cached > 0) and self.manager.can_admit()
+        copies = self.manager.fork(parent, child)
+        assert (copies is not None) == room
+        if copies is None:
+            assert (self._tables(), self.manager.usage) == (before, usage)
+            return multiple()
+        self.sequences[child] = ModelSequence(source.salt, source.tokens[: source.computed], source.computed, 0, 0)
+        assert len(copies.pages) == partial
+        assert len(copies.slots) == bool(self.slots)
+        for origin, copy in copies.pages:
+            assert self._owners()[copy] == 1, "a copy into a page that another sequence reads"
+            self._taken([copy], usage.pages_free)
+            self.memory.pages[copy] = list(self.memory.pages[origin])
+        for origin, copy in copies.slots:
+            if origin in self.memory.slots:
+                self.memory.slots[copy] = list(self.memory.slots[origin])
+        return child
+
+    @rule(key=consumes(keys))
+    def free(self, key: int) -> None:
+        sequence = self.sequences.pop(key)
+        self.past.append((sequence.salt, sequence.tokens))
+        self.manager.free(key)
+
+    # What must hold at all times.
+
+    @invariant()
+    def books_are_right(self) -> None:
+        self.manager.check()
+
+    @invariant()
+    def every_sequence_reads_back(self) -> None:
+        for key, sequence in self.sequences.items():
+            table = self.manager.table(key)
+            first = 0 if self.window is None else max(0, sequence.computed - self.window + 1)
+            for position in range(first, sequence.computed):
+                page = table[position // PAGE_SIZE]
+                assert page != 0, f"position {position} is still seen and has no page"
+                assert self.memory.read(page, position % PAGE_SIZE) == sequence.tokens[position]
+            assert all(page == 0 for page in table[: first // PAGE_SIZE]), "a page that no query sees is kept"
+            if self.slots and sequence.computed:
+                slot = self.manager.slot(key)
+                assert slot is not None
+                assert self.memory.slots[slot] == sequence.tokens[: sequence.computed]
+
+    @invariant()
+    def pages_are_conserved(self) -> None:
+        usage, owners = self.manager.usage, self._owners()
+        assert all(0 < page < self.pages for page in owners)
+        assert usage.pages_total == self.pages - 1
+        assert usage.pages_total == usage.pages_in_use + usage.pages_cached + usage.pages_free
+        assert usage.pages_in_use == len(owners)
+        assert usage.pages_cached == len(set(self.indexed.values()) - set(owners))
+
+    @invariant()
+    def usage_is_that_of_the_pages(self) -> None:
+        held: dict[int, int] = {}
+        for key, sequence in self.sequences.items():
+            for number, page in enumerate(self.manager.table(key)):
+                if page:
+                    held[page] = min(PAGE_SIZE, max(0, sequence.computed - number * PAGE_SIZE))
+        usage, places = self.manager.usage, PAGE_SIZE * len(held)
+        assert usage.tokens_held == sum(held.values())
+        assert abs(usage.waste * places - (places - usage.tokens_held)) < 1e-6
+        assert (usage.prefix_query_tokens, usage.prefix_hit_tokens) == (self.queried, self.hit)
+
+    @invariant()
+    def slots_have_one_owner(self) -> None:
+        slots = [self.manager.slot(key) for key in self.sequences]
+        if self.slots:
+            assert len(set(slots)) == len(slots)
+            assert all(slot is not None and 0 < slot < self.slots for slot in slots)
+            assert self.manager.can_admit() == (len(slots) < self.slots - 1)
+        else:
+            assert set(slots) <= {None}
+
+    # The model's own work.
+
+    def _admit(self, tokens: list[int], salt: str | None) -> int:
+        key = self._new_key()
+        expected = self._cached_pages(tokens, salt)
+        hit = self.manager.admit(key, tokens, salt)
+        assert hit == len(expected) * PAGE_SIZE
+        assert hit < len(tokens) or not tokens, "nothing is left to compute"
+        for page, actual in zip(expected, self.manager.table(key), strict=True):
+            assert actual in (0, page)
+        self.sequences[key] = ModelSequence(salt, list(tokens), hit, len(tokens), hit)
+        return key
+
+    def _cached_pages(self, tokens: list[int], salt: str | None) -> list[int]:
+        pages: list[int] = []
+        if not self.caches:
+            return pages
+        for end in range(PAGE_SIZE, len(tokens), PAGE_SIZE):
+            page = self.indexed.get((salt, tuple(tokens[:end])))
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def _reserve(self, key: int, length: int) -> bool:
+        before, usage = list(self.manager.table(key)), self.manager.usage
+        missing = -(-length // PAGE_SIZE) - len(before)
+        enough = self.manager.reserve(key, length)
+        table = self.manager.table(key)
+        assert enough == (missing <= usage.pages_free + usage.pages_cached)
+        if not enough:
+            assert (table, self.manager.usage) == (before, usage)
+            return False
+        assert table[: len(before)] == before
+        assert len(table) == max(len(before), -(-length // PAGE_SIZE))
+        self._taken(table[len(before) :], usage.pages_free)
+        return True
+
+    def _taken(self, pages: list[int], free: int) -> None:
+        """`pages` were handed out anew: what was cached in them is gone, and only as much as was needed."""
+        evicted = [prefix for prefix, page in self.indexed.items() if page in pages]
+        assert len(evicted) == max(0, len(pages) - free), "evicted though pages were free, or free pages were indexed"
+        for prefix in evicted:
+            del self.indexed[prefix]
+
+    def _write(self, key: int, start: int, tokens: list[int]) -> None:
+        owners, cached = self._owners(), set(self.indexed.values())
+        table = self.manager.table(key)
+        for position, token in enumerate(tokens, start):
+            page = table[position // PAGE_SIZE]
+            assert owners[page] == 1, f"page {page} is written and has {owners[page]} owners"
+            assert page not in cached, f"page {page} is written and can be hit"
+            self.memory.write(page, position % PAGE_SIZE, token)
+
+    def _commit(self, key: int, computed: int) -> None:
+        sequence, table = self.sequences[key], list(self.manager.table(key))
+        for number in range(sequence.computed // PAGE_SIZE, computed // PAGE_SIZE):
+            prefix = sequence.salt, tuple(sequence.tokens[: (number + 1) * PAGE_SIZE])
+            if self.caches:
+                self.indexed.setdefault(prefix, table[number])
+        self.manager.commit(key, sequence.tokens[:computed])
+        sequence.computed = computed
+        if self.caches:
+            self.queried += sequence.queried
+            self.hit += sequence.hit
+        sequence.queried = sequence.hit = 0
+        if self.slots:
+            slot = self.manager.slot(key)
+            assert slot is not None
+            self.memory.slots[slot] = sequence.tokens[:computed]
+
+    def _tables(self) -> dict[int, list[int]]:
+        return {key: list(self.manager.table(key)) for key in self.sequences}
+
+    def _owners(self) -> Counter[int]:
+        return Counter(page for key in self.sequences for page in self.manager.table(key) if page)
+
+    def _new_key(self) -> int:
+        self.next_key += 1
+        return self.next_key
+
+
+CacheMachine.TestCase.settings = settings(
+    max_examples=150,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+TestCacheMachine = CacheMachine.TestCase
+"""Guards against lost or doubly owned pages, pages shared while written, wrong prefix hits, and prompts of which
+a hit leaves nothing to compute."""

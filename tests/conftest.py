@@ -1,0 +1,22 @@
+"""What every test shares: where the data lies, one thread, and no network."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before torch loads: pytest-xdist already runs a process a core, and more threads only get in each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder named by FOVEAL_TEST_DATA; the test is skipped without one."""
+    folder = os.environ.get("FOVEAL_TEST_DATA")
+    if not folder:
+        pytest.skip("FOVEAL_TEST_DATA names no folder: real models and texts are not at hand")
+    path = Path(folder)
+    if not path.is_dir():
+        pytest.fail(f"FOVEAL_TEST_DATA={folder} is no directory")
+    return path

@@ -1,0 +1,94 @@
+"""Kernels against their references in float64, on fresh random inputs: packed and paged, with windows and selections."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from packing import CASES, close, make_queries, random_selection, source
+
+from foveal.kernels import Contexts, KeySource, OneHead, Rows, attention, sparse_attention
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("window", [None, 17])
+def test_attention(case: str, paged: bool, window: int | None, dtype: torch.dtype) -> None:
+    """A wrong causal edge, window edge, page lookup, or padded row that leaks into the softmax."""
+    counts, lengths = CASES[case]
+    queries = make_queries(counts, lengths)
+    q, k, v = (torch.randn(n, h, p).to(dtype) for n, h, p in ((sum(counts), 6, 8), (sum(lengths), 2, 8), (sum(lengths), 2, 8)))
+    result = attention(
+        q, source(list(k.split(lengths)), paged), source(list(v.split(lengths)), paged), queries, scale=0.3, window=window
+    )
+    expected = attention(
+        q.double(),
+        source(list(k.double().split(lengths)), False),
+        source(list(v.double().split(lengths)), False),
+        queries,
+        scale=0.3,
+        window=window,
+        version="reference",
+    )
+    close(result, expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_masked_attention(case: str) -> None:
+    """The masked form seeing a key that was not selected, or one that lies in the future."""
+    counts, lengths = CASES[case]
+    queries, selection = make_queries(counts, lengths), random_selection(counts, lengths, 6)
+    q, k, v = (torch.randn(n, 3, p, dtype=torch.float64) for n, p in ((sum(counts), 8), (sum(lengths), 8), (sum(lengths), 5)))
+    keys, values = (source(list(x.split(lengths)), False) for x in (k, v))
+    arguments = {"scale": 0.3, "selection_TK": selection}
+    result = attention(q, keys, values, queries, **arguments)
+    close(result, attention(q, keys, values, queries, **arguments, version="reference"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_sparse_attention(case: str, paged: bool, dtype: torch.dtype) -> None:
+    """Gathering the wrong row, or letting a missing entry (-1) count as position 0 or as the last row."""
+    counts, lengths = CASES[case]
+    queries, selection = make_queries(counts, lengths), random_selection(counts, lengths, 6)
+    q, k = torch.randn(sum(counts), 4, 12).to(dtype), torch.randn(sum(lengths), 12).to(dtype)
+    result = sparse_attention(q, source(list(k.split(lengths)), paged), 9, selection, queries, scale=0.3)
+    keys = source(list(k.double().split(lengths)), False)
+    close(result, sparse_attention(q.double(), keys, 9, selection, queries, scale=0.3, version="reference"))
+
+
+def test_sparse_equals_masked() -> None:
+    """The two forms over one selection disagreeing (a model would change with the length of its prompt)."""
+    counts, lengths = CASES["chunk"]
+    queries, selection = make_queries(counts, lengths), random_selection(counts, lengths, 9)
+    q, k = torch.randn(sum(counts), 4, 12, dtype=torch.float64), torch.randn(sum(lengths), 12, dtype=torch.float64)
+    keys = source(list(k.split(lengths)), False)
+    one_head = KeySource(OneHead(keys.records), keys.contexts)
+    masked = attention(q, one_head, one_head, queries, scale=0.3, selection_TK=selection)
+    close(masked, sparse_attention(q, keys, 12, selection, queries, scale=0.3))
+
+
+def test_gradients() -> None:
+    """A fast version that loses or bends a gradient."""
+    counts, lengths = [9, 30], [9, 30]
+    queries, selection = make_queries(counts, lengths), random_selection(counts, lengths, 5)
+    q = torch.randn(39, 4, 6, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(39, 2, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight = torch.randn(39, 4, 6, dtype=torch.float64)
+    grads: dict[str, list[Tensor]] = {}
+    for version in ("reference", "torch"):
+        keys, values = (KeySource(Rows(x), Contexts.packed(lengths)) for x in (k, v))
+        shared = KeySource(Rows(k[:, 0]), Contexts.packed(lengths))
+        dense = attention(q, keys, values, queries, scale=0.4, version=version)
+        sparse = sparse_attention(q, shared, 6, selection, queries, scale=0.4, version=version)
+        grads[version] = list(torch.autograd.grad(((dense + sparse) * weight).sum(), (q, k, v)))
+    for result, expected in zip(grads["torch"], grads["reference"], strict=True):
+        close(result, expected)
+
+
+def test_versions() -> None:
+    """A forced version that does not exist being replaced quietly."""
+    q = torch.randn(1, 2, 4)
+    keys = KeySource(Rows(torch.randn(1, 2, 4)), Contexts.packed([1]))
+    with pytest.raises(ValueError, match="no version 'fast'"):
+        attention(q, keys, keys, make_queries([1], [1]), scale=1.0, version="fast")

@@ -1,0 +1,123 @@
+"""fp8 formats against a float64 transcription of DeepSeek's formulas."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from foveal.cache.layouts import IndexKeyLayout, LatentLayout
+from foveal.kernels import Contexts, KeySource, Queries, hadamard, quantise_e4m3, select
+from foveal.kernels.quantise import e4m3_to_float32, power_of_two_scale
+from foveal.kernels.records import quantise_index
+
+
+def every_e4m3() -> list[float]:
+    """All finite e4m3 values, from the definition: sign, 4 exponent bits with bias 7, 3 mantissa bits."""
+    values = []
+    for code in range(256):
+        exponent, mantissa = (code >> 3) & 15, code & 7
+        size = mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10)
+        values.append(-size if code & 128 else size)
+    return values
+
+
+def test_e4m3_decoding_is_exact() -> None:
+    """Denormals, signs or the exponent bias going wrong in the bit trick. Codes 127 and 255 are NaN."""
+    codes = torch.tensor([code for code in range(256) if code & 127 != 127], dtype=torch.uint8)
+    expected = [value for code, value in enumerate(every_e4m3()) if code & 127 != 127]
+    assert e4m3_to_float32(codes).tolist() == expected
+
+
+def transcribed(x: Tensor) -> tuple[Tensor, float]:
+    """`act_quant` of one vector in float64: nearest e4m3 (ties to even) of x / s, s = 2^ceil(log2(amax / 448))."""
+    scale = 2.0 ** math.ceil(math.log2(max(x.abs().max().item(), 1e-4) / 448))
+    positive = torch.tensor([v for code, v in enumerate(every_e4m3()) if code < 127], dtype=torch.float64)
+    size = (x.double() / scale).abs().clamp_max(448)
+    upper = torch.searchsorted(positive, size).clamp(1, 126)
+    below, above = positive[upper - 1], positive[upper]
+    nearest = torch.where(size - below < above - size, upper - 1, upper)
+    tied = (size - below == above - size) & (upper % 2 == 1)
+    nearest = torch.where(tied, upper - 1, nearest)
+    return positive[nearest] * x.sign() * scale, scale
+
+
+@pytest.mark.parametrize("size", [1e-7, 1.0, 300.0, 1e4])
+def test_quantise_e4m3(size: float) -> None:
+    """The scale rounded down (overflow to NaN), the floor on amax lost, or a value rounded the wrong way."""
+    x = torch.randn(20, 64) * size
+    values, scales = quantise_e4m3(x, block=64)
+    decoded = values.double() * scales
+    for row in range(20):
+        expected, scale = transcribed(x[row])
+        assert scales[row].item() == scale
+        assert torch.equal(decoded[row], expected)
+
+
+def test_scale_at_exact_powers() -> None:
+    """An amax of exactly 448 * 2^k getting the next power."""
+    amax = torch.tensor([448.0, 449.0, 224.0, 1e-9])
+    assert power_of_two_scale(amax).tolist() == [1.0, 2.0, 0.5, 2.0 ** math.ceil(math.log2(1e-4 / 448))]
+
+
+def test_hadamard() -> None:
+    """A transform that is not orthonormal, or not the Sylvester order."""
+    x = torch.randn(5, 32, dtype=torch.float64)
+    signs = [[(-1) ** bin(i & j).count("1") for j in range(32)] for i in range(32)]
+    matrix = torch.tensor(signs, dtype=torch.float64) / math.sqrt(32)
+    assert torch.allclose(hadamard(x), x @ matrix)
+    with pytest.raises(ValueError, match="power-of-two dimension, not 48"):
+        hadamard(torch.randn(2, 48))
+
+
+def paged(length: int) -> tuple[Tensor, Contexts]:
+    """Rows of a shuffled sequence of pages, and the context that finds them."""
+    pages = torch.randperm(-(-length // 64)) + 1
+    rows = (pages[:, None] * 64 + torch.arange(64)).flatten()[:length]
+    return rows, Contexts.paged(pages[None], [length])
+
+
+@pytest.mark.parametrize("consecutive", [True, False])
+def test_fp8_selection_equals_the_transcription(consecutive: bool) -> None:
+    """Any slip in hadamard -> e4m3 -> page layout -> scores -> selection; prints the overlap with unquantised scores."""
+    heads, dim, length, count, topk = 16, 64, 300, 40, 32
+    q, k, weights = torch.randn(count, heads, dim), torch.randn(length, dim), torch.randn(count, heads)
+    layout = IndexKeyLayout(8, dim, "cpu")
+    rows, contexts = paged(length) if not consecutive else (torch.arange(64, 64 + length), Contexts((length,), (64,)))
+    layout.write(rows, k)
+    assert layout.pages.shape[1] == 64 * (dim + 4)
+    queries = Queries((0, count), (length - count,))
+    values, scale = quantise_index(q)
+    selected = select(values.float(), weights * scale, KeySource(layout.records, contexts), queries, topk=topk)
+
+    signs = [[(-1) ** bin(i & j).count("1") for j in range(dim)] for i in range(dim)]
+    turn = torch.tensor(signs, dtype=torch.float64) / math.sqrt(dim)
+    keys = torch.stack([transcribed((row.double() @ turn).float())[0] for row in k])
+    overlap = 0
+    for t in range(count):
+        seen = length - count + t + 1
+        turned = torch.stack([transcribed((row.double() @ turn).float())[0] for row in q[t]])
+        scores = weights[t].double() @ torch.relu(turned @ keys[:seen].T)
+        expected = scores.topk(topk)
+        missed = set(selected[t].tolist()) ^ set(expected.indices.tolist())
+        # float32 accumulation may swap neighbours at the threshold, nothing else.
+        assert all(abs(scores[n] - expected.values[-1]) < 1e-4 * scores.abs().max() for n in missed)
+        plain = weights[t] @ torch.relu(q[t] @ k[:seen].T)
+        overlap += len(set(selected[t].tolist()) & set(plain.topk(topk).indices.tolist()))
+    share = overlap / (count * topk)
+    print(f"fp8 selection: {share:.3f} of the unquantised selection")
+    assert share > 0.9
+
+
+def test_latent_record() -> None:
+    """The fp8 latent record: its size for DeepSeek-V3, odd ranks, scales by 128, an untouched bfloat16 rope key."""
+    assert LatentLayout(1, 512, 64, torch.bfloat16, "cpu").pages.shape[2] == 656
+    layout = LatentLayout(4, 200, 8, torch.float32, "cpu")
+    latent = torch.randn(100, 208) * 3
+    rows, contexts = paged(100)
+    layout.write(rows, latent)
+    read = KeySource(layout.records, contexts).context(0, 0, 100)
+    for row in (0, 63, 99):
+        first, second = transcribed(latent[row, :128])[0], transcribed(latent[row, 128:200])[0]
+        assert torch.equal(read[row, :200].double(), torch.cat((first, second)))
+    assert torch.equal(read[:, 200:], latent[:, 200:].bfloat16().float())

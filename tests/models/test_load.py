@@ -1,0 +1,125 @@
+"""`load_model` and its parts, from a directory to logits."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import transformers
+
+from foveal.models.load import generation_defaults, load_model, open_checkpoint
+
+from ..oracle import make_oracle
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """A tiny random llama."""
+    make_oracle("llama", tmp_path)
+    return tmp_path
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change fields of a saved config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@torch.no_grad()
+def test_loaded_weights_give_the_logits_of_transformers(tmp_path: Path) -> None:
+    """Guards against weights that arrive in the wrong place and against parameters or buffers left unfilled."""
+    oracle = make_oracle("llama-llama3", tmp_path)
+    ids_SN = torch.arange(40).reshape(2, 20)
+    model = load_model(tmp_path)
+    assert not model.training
+    torch.testing.assert_close(model(ids_SN), oracle(ids_SN).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "expected"),
+    [
+        ("float32", "auto", torch.float32),
+        ("bfloat16", "auto", torch.bfloat16),
+        ("float16", "auto", torch.bfloat16),
+        ("float32", "bfloat16", torch.bfloat16),
+        ("bfloat16", torch.float32, torch.float32),
+    ],
+)
+def test_dtype(llama: Path, stored: str, asked: str | torch.dtype, expected: torch.dtype) -> None:
+    """Guards against a dtype that is asked for and not given; `auto` avoids float16, which CPUs do not have."""
+    edit_config(llama, dtype=stored)
+    assert {parameter.dtype for parameter in load_model(llama, dtype=asked).parameters()} == {expected}
+
+
+def test_parameters_that_stay_float32_do(tmp_path: Path) -> None:
+    """Guards against a bfloat16 router bias or index weights, which change what is chosen."""
+    make_oracle("deepseek_v32", tmp_path)
+    model = load_model(tmp_path, dtype="bfloat16")
+    kept = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
+    assert {name.rpartition("indexer.")[2] for name in kept if "indexer" in name} == {
+        "k_norm.weight",
+        "k_norm.bias",
+        "weights_proj.weight",
+    }
+    assert "layers.2.blocks.1.operation.gate.e_score_correction_bias" in kept
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": "int7"}, "dtype 'int7' is not supported"),
+        ({"dtype": torch.int8}, "dtype torch.int8 is not supported"),
+        ({"device": "warp"}, "device 'warp' is not one that torch knows"),
+        ({"device": "meta"}, "device 'meta' is not supported"),
+        ({"index_dtype": "int3"}, "index_dtype must be one of .*'int3'"),
+    ],
+)
+def test_unknown_settings_are_named(llama: Path, settings: dict[str, Any], message: str) -> None:
+    """Guards against a setting that is ignored, or fails deep inside torch."""
+    with pytest.raises(ValueError, match=message):
+        load_model(llama, **settings)
+
+
+def test_an_unknown_dtype_in_the_config_is_named(llama: Path) -> None:
+    """Guards against a quiet default for a dtype that is not understood."""
+    edit_config(llama, dtype="float4")
+    with pytest.raises(ValueError, match="dtype 'float4' is not supported"):
+        load_model(llama)
+
+
+def test_cuda_without_cuda_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against torch's own long error where there is no GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device 'cuda:0' was asked for, but this machine has no usable CUDA device"):
+        load_model(llama, device="cuda:0")
+
+
+def test_a_model_beyond_memory_is_refused_with_both_figures(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against the kernel killing the process halfway through loading."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100_000))
+    needed = 4 * transformers.AutoModelForCausalLM.from_pretrained(llama).num_parameters()
+    with pytest.raises(ValueError, match=rf"the weights need {needed / 2**20:.1f} MiB, but only 0\.1 MiB"):
+        load_model(llama)
+
+
+def test_generation_defaults(llama: Path) -> None:
+    """Guards against a lost or damaged generation_config.json, which names the end tokens of chat models."""
+    assert generation_defaults(llama)["eos_token_id"] == 2
+    (llama / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"generation_config\.json is not valid JSON"):
+        generation_defaults(llama)
+    (llama / "generation_config.json").unlink()
+    assert generation_defaults(llama) == {}
+
+
+@torch.no_grad()
+def test_a_real_model_agrees_with_transformers(test_data: Path) -> None:
+    """Guards against agreement on random weights only."""
+    folder = test_data / "stories260k"
+    ids_SN = torch.randint(3, 512, (2, 64), generator=torch.Generator().manual_seed(0))
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert open_checkpoint(folder).config.tied_embeddings
+    torch.testing.assert_close(load_model(folder)(ids_SN), oracle(ids_SN).logits, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,151 @@
+"""Random tiny checkpoints made by transformers, the oracle that every family is compared with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+VOCAB = 128
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.8,
+    "rope_theta": 10000.0,
+}
+_BASE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_MLA = _BASE | {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 40,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+}
+_DSA = _MLA | {"index_n_heads": 16, "index_head_dim": 32, "index_topk": 12}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": _BASE,
+    "llama-linear": _BASE | {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 10000.0}},
+    "llama-dynamic": _BASE
+    | {
+        "max_position_embeddings": 48,
+        "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+    },
+    "llama-llama3": _BASE
+    | {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "rope_theta": 500000.0,
+        },
+    },
+    "llama-yarn": _BASE | {"rope_parameters": {k: v for k, v in YARN.items() if "mscale" not in k}},
+    "mistral": _BASE | {"sliding_window": 24, "head_dim": 24},
+    "qwen2": _BASE | {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
+    "qwen3": _BASE | {"head_dim": 32, "tie_word_embeddings": True},
+    "mixtral": _BASE | {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": None},
+    "deepseek_v2": _MLA | {"topk_method": "group_limited_greedy", "rope_parameters": YARN, "routed_scaling_factor": 1.5},
+    "deepseek_v2-lite": _MLA | {"q_lora_rank": None, "topk_method": "greedy", "attention_bias": True},
+    "deepseek_v3": _MLA | {"rope_parameters": YARN},
+    "deepseek_v3-halves": _MLA | {"rope_interleave": False, "attention_bias": True},
+    "deepseek_v32": _DSA,
+    "deepseek_v32-yarn": _DSA | {"rope_parameters": YARN},
+    "glm_moe_dsa": _DSA
+    | {
+        "num_hidden_layers": 5,
+        "index_topk_freq": 2,
+        "index_skip_topk_offset": 2,
+        "rms_norm_eps": 1e-5,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "glm_moe_dsa-yarn": _DSA
+    | {"indexer_types": ["full", "shared", "full"], "rope_parameters": YARN, "index_n_heads": 20},
+    "jamba": _BASE
+    | {
+        "num_hidden_layers": 4,
+        "attn_layer_period": 4,
+        "attn_layer_offset": 2,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 6,
+    },
+}
+
+
+def make_oracle(name: str, folder: Path, seed: int = 0, **changes: Any) -> transformers.PreTrainedModel:
+    """Save a random checkpoint of FAMILIES[name] to `folder`; return the transformers model, float32."""
+    settings = FAMILIES[name] | changes
+    config = transformers.AutoConfig.for_model(name.split("-")[0], **settings)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    randomise(model, seed)
+    model.eval().save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+def randomise(model: transformers.PreTrainedModel, seed: int) -> None:
+    """Give every weight a value that matters: initial ones and zeros in norms and biases would hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        noise = torch.randn(tensor.shape, generator=generator)
+        if "inv_freq" in name:
+            continue
+        if "norm" in name and name.endswith("weight"):
+            tensor.copy_(1 + 0.3 * noise)
+        elif name.endswith("A_log"):
+            tensor.add_(0.2 * noise)
+        elif "bias" in name or name.endswith(".D"):
+            tensor.copy_(0.3 * noise)
+        elif tensor.is_floating_point():
+            # Large enough that heads, experts and index scores differ clearly from token to token.
+            tensor.copy_(noise * 1.5 * tensor.shape[-1] ** -0.5)
+
+
+def as_v4(folder: Path) -> None:
+    """Rewrite a saved config.json in the spelling of transformers v4."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters", None)
+    if rope:
+        config["rope_theta"] = rope.pop("rope_theta", 10000.0)
+        config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    for new in ("indexer_types", "mlp_layer_types", "layer_types"):
+        if new in config and new != "layer_types":
+            config.pop(new)
+    config["torch_dtype"] = config.pop("dtype", "float32")
+    path.write_text(json.dumps(config))
