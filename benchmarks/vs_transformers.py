@@ -138,14 +138,12 @@ class FovealSide:
     def __init__(self, llm: LLM) -> None:
         self._engine = llm.engine
         self._ids: list[str] = []
-        self._started = 0
 
     def start(self, prompts: list[list[int]]) -> float:
         """See `Side`."""
-        for request_id in self._ids:
-            self._engine.abort(request_id)
+        self.stop()
         start = time.perf_counter()
-        self._ids = [self._add(prompt) for prompt in prompts]
+        self._ids = [self._add(str(index), prompt) for index, prompt in enumerate(prompts)]
         waiting = set(self._ids)
         while waiting:
             waiting -= self._step()
@@ -159,12 +157,15 @@ class FovealSide:
         assert answered == set(self._ids)
         return elapsed
 
-    def _add(self, prompt: list[int]) -> str:
-        self._started += 1
+    def stop(self) -> None:
+        """Leave the engine to others."""
+        for request_id in self._ids:
+            self._engine.abort(request_id)
+
+    def _add(self, request_id: str, prompt: list[int]) -> str:
         params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=None)
-        request = Request(str(self._started), prompt, params, stream=True)
-        self._engine.add(request)
-        return request.id
+        self._engine.add(Request(request_id, prompt, params, stream=True))
+        return request_id
 
     def _step(self) -> set[str]:
         outputs = self._engine.step()
@@ -205,10 +206,15 @@ class Contender:
     def compare(self, case: Case, effort: Effort) -> list[Row]:
         """The rows of one case; the two sides take turns."""
         prompts = case.prompts(self.model.config.vocab_size)
-        setup = fastest_setup(self.model, [prompt[:_TRIAL_LENGTH] for prompt in prompts], effort.steps)
-        sides: list[Side] = [TransformersSide(self.model, setup, room=effort.steps), FovealSide(self.llm)]
+        trial = [prompt[:_TRIAL_LENGTH] for prompt in prompts]
+        setup = fastest_setup(self.model, trial, effort.steps)
+        ours = FovealSide(self.llm)
+        ours.start(trial)  # the trial has warmed up transformers
+        ours.step()
+        sides: list[Side] = [TransformersSide(self.model, setup, room=effort.steps), ours]
         prefills = list(zip(*([side.start(prompts) for side in sides] for _ in range(effort.prefills)), strict=True))
         steps = list(zip(*([side.step() for side in sides] for _ in range(effort.steps)), strict=True))
+        ours.stop()
         decode = f"{setup.decode}, {setup.cache} cache"
         rows = [self._row(f"decode, batch {case.batch}, context {case.length}", steps, decode)]
         if case.batch == 1:

@@ -53,7 +53,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama-dynamic": _BASE
     | {
         "max_position_embeddings": 48,
-        "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+        "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
     },
     "llama-llama3": _BASE
     | {
@@ -74,7 +74,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": _BASE | {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
     "qwen3": _BASE | {"head_dim": 32, "tie_word_embeddings": True},
     "mixtral": _BASE | {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": None},
-    "deepseek_v2": _MLA | {"topk_method": "group_limited_greedy", "rope_parameters": YARN, "routed_scaling_factor": 1.5},
+    "deepseek_v2": _MLA
+    | {"topk_method": "group_limited_greedy", "rope_parameters": YARN, "routed_scaling_factor": 1.5},
     "deepseek_v2-lite": _MLA | {"q_lora_rank": None, "topk_method": "greedy", "attention_bias": True},
     "deepseek_v3": _MLA | {"rope_parameters": YARN},
     "deepseek_v3-halves": _MLA | {"rope_interleave": False, "attention_bias": True},
@@ -144,8 +145,9 @@ def as_v4(folder: Path) -> None:
     if rope:
         config["rope_theta"] = rope.pop("rope_theta", 10000.0)
         config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
-    for new in ("indexer_types", "mlp_layer_types", "layer_types"):
-        if new in config and new != "layer_types":
-            config.pop(new)
+    indexers = config.pop("indexer_types", None)
+    if indexers and "index_topk_freq" not in config:
+        config["index_topk_pattern"] = "".join(kind[0].upper() for kind in indexers)
+    config.pop("mlp_layer_types", None)
     config["torch_dtype"] = config.pop("dtype", "float32")
     path.write_text(json.dumps(config))

@@ -180,6 +180,7 @@ def make_world(
     prefix_caching: bool = True,
     window: int | None = None,
     seed: int = 0,
+    plain_rope: int | None = None,
 ) -> World:
     """An engine whose pool holds `pages` pages besides the null page."""
     model = model or FakeModel()
@@ -197,6 +198,7 @@ def make_world(
         eos_ids=[EOS],
         tokenizer=tokenizer,
         seed=seed,
+        plain_rope=plain_rope,
     )
     return World(engine, scheduler, manager, model, store)
 

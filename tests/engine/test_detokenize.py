@@ -1,5 +1,7 @@
 """Incremental text on a byte tokenizer, where every character of several bytes is split over tokens."""
 
+from collections.abc import Sequence
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,6 +45,30 @@ def test_text_is_that_of_all_tokens_at_once(tokens: list[int], prompt: bytes) ->
     detokenizer.finish()
     if len(tokens) <= 30:  # longer runs without one whole character are let out as they are
         assert detokenizer.text == decode(tokens)
+
+
+def test_a_character_begun_in_the_prompt_is_shown() -> None:
+    """Guards against losing the character whose first bytes are the end of the prompt."""
+    detokenizer = Detokenizer(decode, prompt=list("a🦊".encode()[:-1]))
+    detokenizer.append("🦊".encode()[-1])
+    detokenizer.append(ord("b"))
+    assert detokenizer.text == "🦊b"
+
+
+def test_a_decoder_that_takes_back_whole_characters() -> None:
+    """Guards against doubled text with SentencePiece's byte fallback: there, one half character turns its whole run of
+    bytes, characters shown before included, into replacement characters until it is complete."""
+
+    def fallback(ids: Sequence[int]) -> str:
+        text = decode(ids)
+        return "\ufffd" * len(ids) if "\ufffd" in text else text
+
+    detokenizer = Detokenizer(fallback, prompt=[])
+    texts = []
+    for token in "é🦊éa".encode():
+        detokenizer.append(token)
+        texts.append(detokenizer.text)
+    assert texts[-1] == "é🦊éa" and not any("\ufffd" in text for text in texts)
 
 
 def test_the_cost_of_a_token_does_not_grow() -> None:

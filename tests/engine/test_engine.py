@@ -88,6 +88,13 @@ def test_a_fully_cached_prompt_works(length: int) -> None:
     assert first.outputs == second.outputs
 
 
+def test_dynamic_rope_shares_prefixes_only_where_keys_are_equal() -> None:
+    """Guards against a prefix hit on keys that were turned for a prompt of another length."""
+    world = make_world(plain_rope=150)
+    hits = [world.run(request("a", length))["a"].num_cached_tokens for length in (140, 150, 200, 200, 210, 145)]
+    assert hits == [0, 128, 0, 192, 0, 128]
+
+
 @pytest.mark.parametrize("length", [10, 64, 100])
 @pytest.mark.parametrize("slots", [0, 9])
 def test_n_completions_share_the_prompt(length: int, slots: int) -> None:

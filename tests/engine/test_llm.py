@@ -19,7 +19,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=5)
 class FakeDecoder(FakeModel):
     """The fake model with what `LLM` asks of a decoder."""
 
-    config = SimpleNamespace(vocab_size=VOCABULARY, max_positions=400, eos_token_ids=(EOS,))
+    config = SimpleNamespace(blocks=(), vocab_size=VOCABULARY, max_positions=400, eos_token_ids=(EOS,))
     options = SimpleNamespace(dtype="float32")
     packed = False
 

@@ -19,11 +19,11 @@ INERT = frozenset(
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
     attention_dropout hidden_dropout resid_dropout embd_dropout hidden_dropout_prob dropout
     router_aux_loss_coef aux_loss_alpha aux_loss_coef seq_aux router_jitter_noise router_z_loss_coef z_loss_coef
-    ep_size pretraining_tp expert_aux_loss
+    ep_size pretraining_tp expert_aux_loss index_share_for_mtp_iteration
     use_mamba_kernels use_mambapy use_associative_scan mamba_ssm_dtype
-    is_llama_config rope_interleaved_legacy unsloth_fixed unsloth_version quantization_config_note
+    is_llama_config unsloth_fixed unsloth_version
     attn_implementation use_flash_attn use_flash_attention flash_attention attention_implementation
-    num_logits_to_keep calc_logits_for_entire_prompt language vision_config_note
+    num_logits_to_keep calc_logits_for_entire_prompt
     """.split()
 )
 

@@ -39,9 +39,11 @@ class Engine:
         eos_ids: Sequence[int] = (),
         tokenizer: Decodes | None = None,
         seed: int = 0,
+        plain_rope: int | None = None,
     ) -> None:
         """`max_model_len`: most tokens of a prompt and its completion together. `eos_ids` end a completion. Without a
-        tokenizer there is no text. Requests without a seed use `seed` + the number of requests before them."""
+        tokenizer there is no text. Requests without a seed use `seed` + the number of requests before them.
+        `plain_rope`: the longest prompt that `dynamic` rope leaves unscaled; None: it does not depend on the prompt."""
         self._runner = runner
         self._manager = manager
         self._scheduler = scheduler
@@ -52,6 +54,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._sampler = Sampler(eos_ids, self._decode_token if tokenizer else None)
         self._seed = seed
+        self._plain_rope = plain_rope
         self._added = 0
         self._requests: dict[str, Request] = {}
         self._rejected: list[Request] = []
@@ -96,9 +99,7 @@ class Engine:
         """
         self.check(request)
         seed = self._seed + self._added if request.params.seed is None else request.params.seed
-        if request.params.prompt_logprobs is not None:
-            # A prefix hit would skip rows whose log probabilities are wanted: share with nobody.
-            request.salt = ("prompt_logprobs", self._added)
+        request.salt = self._salt(request)
         self._added += 1
         request.sequences = [self._sequence(request, index, seed) for index in range(request.params.n)]
         if request.prompt_length + 1 > self._limit:
@@ -157,7 +158,7 @@ class Engine:
     def _keep_prompt_logprobs(self, chunk: Chunk, step: StepLogits, rows: range) -> None:
         request = chunk.sequence.request
         first, count = request.next_prompt_row, request.params.prompt_logprobs
-        if first is None or count is None or chunk.sequence.index != 0 or not rows:
+        if first is None or count is None:
             return
         # The last prompt token's row says what follows the prompt.
         of_prompt = rows[: request.prompt_length - 1 - first]
@@ -236,6 +237,16 @@ class Engine:
             detokenizer = Detokenizer(self._decode, request.prompt_ids, request.params.stop_strings)
         generator = seeded_generator(seed, index)
         return SequenceState(request, index, list(request.prompt_ids), generator, detokenizer)
+
+    def _salt(self, request: Request) -> tuple[str, int] | None:
+        """What must be equal for prefixes to be shared."""
+        if request.params.prompt_logprobs is not None:
+            # A prefix hit would skip rows whose log probabilities are wanted: share with nobody.
+            return "request", self._added
+        if self._plain_rope is not None:
+            # The keys of a prompt's tokens depend on its length.
+            return "prompt length", max(request.prompt_length, self._plain_rope)
+        return None
 
     def _reject(self, request: Request) -> None:
         request.error = (

@@ -10,6 +10,7 @@ import torch
 from foveal.cache import CacheManager, CacheUsage
 from foveal.cache.store import CacheStore, plan_cache
 from foveal.config import ModelConfig
+from foveal.config.model import GQAConfig, MLAConfig
 from foveal.engine.engine import Engine
 from foveal.engine.memory import CacheDemand, cache_pages
 from foveal.engine.outputs import RequestOutput
@@ -92,6 +93,7 @@ class LLM:
             eos_ids=_eos_ids(path, config),
             tokenizer=self.tokenizer,
             seed=seed,
+            plain_rope=_plain_rope(config),
         )
         self._added = 0
         self._inbox: dict[str, deque[RequestOutput]] = {}
@@ -222,3 +224,10 @@ def _eos_ids(path: Path, config: ModelConfig) -> list[int]:
     eos = generation_defaults(path).get("eos_token_id")
     more = eos if isinstance(eos, list) else [] if eos is None else [eos]
     return sorted({*config.eos_token_ids, *more})
+
+
+def _plain_rope(config: ModelConfig) -> int | None:
+    """The length up to which `dynamic` rope is not scaled; None: no layer has it."""
+    ropes = [block.operation.rope for block in config.blocks if isinstance(block.operation, GQAConfig | MLAConfig)]
+    lengths = [rope.scaling.original_max_positions for rope in ropes if rope and rope.scaling.kind == "dynamic"]
+    return min(lengths, default=None)

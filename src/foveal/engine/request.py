@@ -99,7 +99,7 @@ class Request:
     prompt: str | None = None
     stream: bool = False
     sequences: list[SequenceState] = field(default_factory=list)
-    salt: object = None
+    salt: tuple[str, int] | None = None
     """Prefixes are shared only under equal salts."""
     forked: bool = False
     """Whether the sequences after the first have left it."""

@@ -109,7 +109,7 @@ class Runner:
 def wanted_rows(chunk: Chunk) -> int:
     """How many of the chunk's last tokens need logits: the last, where a token is to be chosen after it, and those of
     the prompt whose log probabilities were asked for and are not known yet."""
-    first = chunk.sequence.request.next_prompt_row if chunk.sequence.index == 0 else None
+    first = chunk.sequence.request.next_prompt_row
     if first is not None:
         return max(0, chunk.end - max(chunk.start, first))
     return int(chunk.caught_up)

@@ -98,10 +98,8 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """The next step's chunks, at most `max_num_batched_tokens` tokens of at most `max_num_seqs` sequences; their
         pages are reserved."""
-        preemptions = self.preemptions
         plan = self._plan_running()
-        # A sequence admitted right after a preemption would be the next one preempted.
-        return plan if self.preemptions > preemptions else plan + self._plan_waiting(_left(self._budget, plan))
+        return plan + self._plan_waiting(_left(self._budget, plan))
 
     def _plan_running(self) -> list[Chunk]:
         plan: list[Chunk] = []
@@ -126,6 +124,8 @@ class Scheduler:
 
     def _plan_waiting(self, budget: int) -> list[Chunk]:
         plan: list[Chunk] = []
+        if self._window is not None:
+            self._head_fits = True  # running sequences give back the pages behind their windows
         while self.waiting and _left(budget, plan) > 0 and self._head_fits and self.has_seat:
             sequence = self.waiting[0]
             self._head_fits = self._admit(sequence)
@@ -149,15 +149,15 @@ class Scheduler:
     def _admit(self, sequence: SequenceState) -> bool:
         """Give the sequence what the prefix cache has of it, if there is room for all its tokens."""
         request = sequence.request
-        sequence.computed = self._manager.admit(sequence.key, sequence.tokens, request.salt)
+        cached = self._manager.admit(sequence.key, sequence.tokens, request.salt)
         usage = self._manager.usage
         needed = self._most_pages(len(sequence.tokens)) - sum(page != 0 for page in self._manager.table(sequence.key))
         if needed > usage.pages_free + usage.pages_cached:
             self._manager.free(sequence.key)
-            sequence.computed = 0
             return False
+        sequence.computed = cached
         if request.cached_tokens is None:
-            request.cached_tokens = sequence.computed
+            request.cached_tokens = cached
         return True
 
 

@@ -237,7 +237,7 @@ def _config(file: GGUFFile) -> dict[str, Any]:
         "rope_scaling": _rope_scaling(file, prefix, own),
         "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": file.metadata.get("tokenizer.ggml.eos_token_id"),
-        "dtype": "bfloat16",
+        "dtype": "float32",
     }
 
 

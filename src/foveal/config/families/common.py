@@ -51,7 +51,7 @@ def model(fields: Fields, layers: tuple[LayerConfig, ...]) -> ModelConfig:
         hidden_size=fields.positive("hidden_size"),
         layers=layers,
         norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
-        max_positions=fields.positive("max_position_embeddings"),
+        max_positions=_longest(fields, layers),
         tied_embeddings=bool(tied),
         dtype=str(fields.get("dtype") or fields.get("torch_dtype") or "float32").removeprefix("torch."),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
@@ -98,7 +98,9 @@ def windows(fields: Fields) -> list[int | None]:
     """The attention window of each layer, from `layer_types` (v5) or `max_window_layers` (v4), as qwen2 and qwen3 mean
     them: none at all unless `use_sliding_window`."""
     count = fields.positive("num_hidden_layers")
-    window = fields.get("sliding_window", 4096) if fields.get("use_sliding_window", False) else None
+    window = fields.get("sliding_window", 4096)
+    if not fields.get("use_sliding_window", False):
+        window = None
     first = fields.get("max_window_layers", 28)
     types = fields.get("layer_types") or [
         "sliding_attention" if window and index >= first else "full_attention" for index in range(count)
@@ -207,6 +209,7 @@ def noaux_router(fields: Fields) -> RouterConfig:
     """DeepSeek-V3's router without auxiliary loss: sigmoid scores, a bias for choosing, groups by their top two."""
     fields.expect("scoring_func", "sigmoid")
     fields.expect("topk_method", "noaux_tc")
+    fields.expect("moe_router_dtype", "float32")
     groups = fields.positive("n_group", 1)
     return RouterConfig(
         scoring="sigmoid",
@@ -245,6 +248,14 @@ def sparse_attention_model(fields: Fields, *, interleaved_index: bool) -> ModelC
         for is_own, feed_forward in zip(own_indexers(fields), feed_forwards, strict=True)
     )
     return model(fields, layers)
+
+
+def _longest(fields: Fields, layers: tuple[LayerConfig, ...]) -> int:
+    """Positions that the model is meant for: the trained ones, times what `dynamic` rope stretches them by."""
+    mixers = (block.operation for layer in layers for block in layer)
+    ropes = [mixer.rope for mixer in mixers if isinstance(mixer, GQAConfig | MLAConfig) and mixer.rope]
+    stretch = max((rope.scaling.factor for rope in ropes if rope.scaling.kind == "dynamic"), default=1.0)
+    return int(fields.positive("max_position_embeddings") * stretch)
 
 
 def _fp8_blocks(fields: Fields) -> Fp8Blocks | None:

@@ -46,6 +46,7 @@ def _pattern(fields: Fields, period: str, default_period: int, offset: str, defa
 
 def _mamba(fields: Fields) -> MambaConfig:
     hidden = fields.positive("hidden_size")
+    fields.expect("mamba_inner_layernorms", True)
     fields.expect("hidden_act", "silu")
     rank = fields.get("mamba_dt_rank", "auto")
     return MambaConfig(

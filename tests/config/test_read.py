@@ -1,0 +1,193 @@
+"""Reading config.json: both spellings, defaults, and refusals that name the culprit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from oracle import FAMILIES
+
+from foveal.config import read_config
+from foveal.config.model import GQAConfig, MambaConfig, MLAConfig, MoEConfig
+
+MLA = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+    "max_position_embeddings": 163840,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 4,
+    "topk_group": 2,
+}
+YARN = {
+    "type": "yarn",
+    "factor": 40,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "original_max_position_embeddings": 4096,
+}
+DEEPSEEK_V32 = MLA | {
+    "model_type": "deepseek_v32",
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "routed_scaling_factor": 2.5,
+    "num_nextn_predict_layers": 1,
+    "rope_theta": 10000,
+    "rope_scaling": YARN,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "index_topk": 2048,
+    "aux_loss_alpha": 0.001,
+    "ep_size": 1,
+    "seq_aux": True,
+    "pretraining_tp": 1,
+    "torch_dtype": "bfloat16",
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "scale_fmt": "ue8m0",
+        "weight_block_size": [128, 128],
+    },
+}
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+    "max_position_embeddings": 128,
+}
+
+
+def test_deepseek_v32_as_released() -> None:
+    """The released form of DeepSeek-V3.2 (v4 spelling): its scale, layers, router and index rope."""
+    config = read_config(DEEPSEEK_V32)
+    attention = config.layers[0][0].operation
+    assert isinstance(attention, MLAConfig)
+    assert attention.scale == pytest.approx(0.135234, abs=1e-6)  # 192^-0.5 times m^2 (sparse-attention literature)
+    assert attention.rope.interleaved and attention.rope.scaling.attention_factor == 1.0
+    assert all(layer[0].indexer is not None for layer in config.layers)
+    indexer = config.layers[0][0].indexer
+    assert indexer is not None and not indexer.rope.interleaved
+    assert [isinstance(layer[1].operation, MoEConfig) for layer in config.layers] == [False, True, True]
+    assert config.fp8_blocks is not None and config.mtp_layers == 1 and config.dtype == "bfloat16"
+
+
+def test_v5_spelling_says_the_same() -> None:
+    """`rope_parameters` and `mlp_layer_types` being read differently from `rope_theta` and `first_k_dense_replace`."""
+    new = {key: value for key, value in DEEPSEEK_V32.items() if key not in ("rope_theta", "rope_scaling")}
+    new.pop("first_k_dense_replace")
+    new["rope_parameters"] = YARN | {"rope_type": "yarn", "rope_theta": 10000}
+    new["mlp_layer_types"] = ["dense", "sparse", "sparse"]
+    assert read_config(new) == read_config(DEEPSEEK_V32)
+
+
+def glm(layers: int, **fields: Any) -> list[int]:
+    raw = MLA | {"model_type": "glm_moe_dsa", "num_hidden_layers": layers, "first_k_dense_replace": 3} | fields
+    return [index for index, layer in enumerate(read_config(raw).layers) if layer[0].indexer]
+
+
+def test_shared_selections() -> None:
+    """The off-by-one of `index_topk_freq`: GLM-5.2's 78 layers have indexers in {0, 1, 2, 6, 10, ..., 74}."""
+    assert glm(78, index_topk_freq=4, index_skip_topk_offset=3) == [0, 1, *range(2, 75, 4)]
+    assert glm(5) == [0, 1, 2, 3, 4]
+    assert glm(4, index_topk_pattern="FSSF") == [0, 3]
+    assert glm(3, indexer_types=["full", "shared", "full"]) == [0, 2]
+
+
+def test_glm_index_rope_is_interleaved() -> None:
+    """DeepSeek's and GLM's index rope mixed up (invisible below top-k tokens, ruinous beyond)."""
+    raw = MLA | {"model_type": "glm_moe_dsa"}
+    for fields, interleaved in (({}, True), ({"indexer_rope_interleave": False}, False)):
+        indexer = read_config(raw | fields).layers[0][0].indexer
+        assert indexer is not None and indexer.rope.interleaved == interleaved
+
+
+def test_windows() -> None:
+    """A window where the config asks for none, or the wrong layers windowed."""
+
+    def windows(**fields: Any) -> list[int | None]:
+        layers = read_config(LLAMA | fields).layers
+        return [layer[0].operation.window for layer in layers if isinstance(layer[0].operation, GQAConfig)]
+
+    assert windows(model_type="mistral") == [4096, 4096]
+    assert windows(model_type="mistral", sliding_window=None) == [None, None]
+    assert windows(model_type="qwen2", sliding_window=8, max_window_layers=1) == [None, None]
+    assert windows(model_type="qwen2", sliding_window=8, max_window_layers=1, use_sliding_window=True) == [None, 8]
+    types = ["sliding_attention", "full_attention"]
+    assert windows(model_type="qwen3", sliding_window=8, use_sliding_window=True, layer_types=types) == [8, None]
+
+
+def test_jamba_pattern() -> None:
+    """Attention or experts on the wrong layers."""
+    config = read_config(LLAMA | {"model_type": "jamba", "num_hidden_layers": 16})
+    mixers = [isinstance(layer[0].operation, MambaConfig) for layer in config.layers]
+    assert [index for index, is_mamba in enumerate(mixers) if not is_mamba] == [4, 12]
+    assert [isinstance(layer[1].operation, MoEConfig) for layer in config.layers] == [False, True] * 8
+
+
+@pytest.mark.parametrize(
+    ("fields", "culprit"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2'"),
+        ({"hidden_size": None}, "'hidden_size'"),
+        ({"num_hidden_layers": 0}, "'num_hidden_layers'"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
+        ({"hidden_act": "swish2"}, "'hidden_act' = 'swish2'"),
+        ({"logit_scale": 0.5}, "'logit_scale' = 0.5"),
+        ({"attn_logit_softcapping": 50.0}, "'attn_logit_softcapping'"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2}}, "'longrope'"),
+        ({"rope_scaling": {"type": "linear"}}, "factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 2, "tail": 1}}, "'tail'"),
+        ({"partial_rotary_factor": 0.5}, "'partial_rotary_factor'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "'quantization_config' = 'gptq'"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8}}, "low_freq_factor"),
+    ],
+)
+def test_refusals(fields: dict[str, Any], culprit: str) -> None:
+    """A field that changes results being ignored, or an error that does not say which it was."""
+    with pytest.raises(ValueError, match=culprit.replace("(", r"\(")):
+        read_config(LLAMA | fields)
+
+
+def test_inert_fields_are_accepted() -> None:
+    """A released config being refused for what changes nothing."""
+    extra = {"use_cache": True, "architectures": ["X"], "_name_or_path": "a/b", "unheard_of": None, "also_off": False}
+    assert read_config(LLAMA | extra) == read_config(LLAMA)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_reads_what_transformers_writes(name: str) -> None:
+    """A field that transformers writes for a family being refused."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(name.split("-")[0], **FAMILIES[name])
+    assert read_config(config.to_dict()).family == name.split("-")[0]
+
+
+def test_files(tmp_path: Path) -> None:
+    """A directory, a file, broken JSON and a missing file."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    assert read_config(tmp_path) == read_config(tmp_path / "config.json") == read_config(LLAMA)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        read_config(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        read_config(tmp_path / "nowhere")
