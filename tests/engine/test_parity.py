@@ -1,4 +1,4 @@
-"""Every family against transformers on random tiny checkpoints: logits, and greedy tokens however they are scheduled."""
+"""Every family against transformers on random tiny checkpoints: logits, and greedy tokens however scheduled."""
 
 from pathlib import Path
 from typing import Any

@@ -1,12 +1,12 @@
-"""Kernels against their references in float64, on fresh random inputs: packed and paged, with windows and selections."""
+"""Kernels against their references in float64, on random inputs: packed and paged, with windows and selections."""
 
 import pytest
 import torch
+from packing import CASES, close, make_queries, random_selection, source
 from torch import Tensor
 
-from packing import CASES, close, make_queries, random_selection, source
-
 from foveal.kernels import Contexts, KeySource, OneHead, Rows, attention, sparse_attention
+
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("paged", [False, True])
@@ -16,9 +16,16 @@ def test_attention(case: str, paged: bool, window: int | None, dtype: torch.dtyp
     """A wrong causal edge, window edge, page lookup, or padded row that leaks into the softmax."""
     counts, lengths = CASES[case]
     queries = make_queries(counts, lengths)
-    q, k, v = (torch.randn(n, h, p).to(dtype) for n, h, p in ((sum(counts), 6, 8), (sum(lengths), 2, 8), (sum(lengths), 2, 8)))
+    q, k, v = (
+        torch.randn(n, h, p).to(dtype) for n, h, p in ((sum(counts), 6, 8), (sum(lengths), 2, 8), (sum(lengths), 2, 8))
+    )
     result = attention(
-        q, source(list(k.split(lengths)), paged), source(list(v.split(lengths)), paged), queries, scale=0.3, window=window
+        q,
+        source(list(k.split(lengths)), paged),
+        source(list(v.split(lengths)), paged),
+        queries,
+        scale=0.3,
+        window=window,
     )
     expected = attention(
         q.double(),
@@ -37,7 +44,9 @@ def test_masked_attention(case: str) -> None:
     """The masked form seeing a key that was not selected, or one that lies in the future."""
     counts, lengths = CASES[case]
     queries, selection = make_queries(counts, lengths), random_selection(counts, lengths, 6)
-    q, k, v = (torch.randn(n, 3, p, dtype=torch.float64) for n, p in ((sum(counts), 8), (sum(lengths), 8), (sum(lengths), 5)))
+    q, k, v = (
+        torch.randn(n, 3, p, dtype=torch.float64) for n, p in ((sum(counts), 8), (sum(lengths), 8), (sum(lengths), 5))
+    )
     keys, values = (source(list(x.split(lengths)), False) for x in (k, v))
     arguments = {"scale": 0.3, "selection_TK": selection}
     result = attention(q, keys, values, queries, **arguments)

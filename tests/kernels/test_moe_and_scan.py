@@ -41,7 +41,9 @@ def test_selective_scan(lengths: list[int]) -> None:
     u, dt, b, c = (torch.randn(total, n, dtype=torch.float64) for n in (6, 6, 3, 3))
     a, state = -torch.rand(6, 3, dtype=torch.float64), torch.randn(len(lengths), 6, 3, dtype=torch.float64)
     arguments = (u, dt.abs(), a, b, c, state, queries)
-    for result, expected in zip(selective_scan(*arguments), selective_scan(*arguments, version="reference"), strict=True):
+    for result, expected in zip(
+        selective_scan(*arguments), selective_scan(*arguments, version="reference"), strict=True
+    ):
         close(result, expected)
 
 

@@ -79,7 +79,7 @@ def paged(length: int) -> tuple[Tensor, Contexts]:
 
 @pytest.mark.parametrize("consecutive", [True, False])
 def test_fp8_selection_equals_the_transcription(consecutive: bool) -> None:
-    """Any slip in hadamard -> e4m3 -> page layout -> scores -> selection; prints the overlap with unquantised scores."""
+    """Any slip in hadamard -> e4m3 -> page layout -> scores -> selection; prints the overlap with unquantised."""
     heads, dim, length, count, topk = 16, 64, 300, 40, 32
     q, k, weights = torch.randn(count, heads, dim), torch.randn(length, dim), torch.randn(count, heads)
     layout = IndexKeyLayout(8, dim, "cpu")

@@ -5,10 +5,9 @@ import torch
 from packing import CASES, make_queries, source
 
 from foveal.kernels import KeySource, Queries, Rows, select
+from foveal.kernels import selection as module
 from foveal.kernels.keys import Contexts
 from foveal.kernels.selection import first_of_the_highest
-
-from foveal.kernels import selection as module
 
 
 @pytest.mark.parametrize("stretch", [16, 8192])

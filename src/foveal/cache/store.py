@@ -79,7 +79,7 @@ def plan_cache(
 
 
 class CacheStore:
-    """The tensors of all layers' caches for so many pages and slots (page 0 and slot 0, which hold nothing, included)."""
+    """The tensors of all layers' caches for so many pages and slots, the null page and the null slot included."""
 
     def __init__(self, plan: CachePlan, pages: int, slots: int, device: torch.device | str = "cpu") -> None:
         self.plan, self.page_count, self.slot_count = plan, pages, slots

@@ -7,7 +7,6 @@ knows only these. Nothing here imports torch: `foveal plan` answers from a confi
 from dataclasses import dataclass, field
 from typing import Literal
 
-
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 
 

@@ -26,8 +26,8 @@ def attention(
     """Causal attention of packed queries over the keys of their sequences.
 
     q_THP: [T, H, P]. keys and values: rows [G, P] and [G, V]; H is a multiple of G. A query at position i sees key
-    positions j <= i, of these the last `window`, and of these what `selection_TK` (int32 [T, K], -1 = none) names: with a
-    selection this is the *masked* form, dense in work; `sparse_attention` reads only what was selected.
+    positions j <= i, of these the last `window`, and of these what `selection_TK` (int32 [T, K], -1 = none) names: with
+    a selection this is the *masked* form, dense in work; `sparse_attention` reads only what was selected.
     Softmax of scale * q.k in float32. Returns [T, H, V] in q's dtype.
     """
     outputs = []

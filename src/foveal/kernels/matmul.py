@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as plain_linear
 
-PACKED_DTYPES = (torch.float32, torch.bfloat16)
+# A product with packed weights takes 15 us more to start, which small float32 ones do not earn back for one row.
+_SMALLEST_PACKED = {torch.float32: 1 << 16, torch.bfloat16: 1 << 14}
 
 
 def linear(x_TX: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -18,10 +19,10 @@ def linear(x_TX: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def pack_weight(weight: Tensor) -> Tensor:
     """The weight in oneDNN's blocked order, for inference: 1.2 to 3 times faster for few rows (benchmarks/kernels.py).
 
-    Returned as it is where oneDNN has nothing for it (another device or dtype, or a build without oneDNN).
+    Returned as it is where that gains nothing (small weights) or cannot be (another device or dtype, no oneDNN).
     """
-    usable = torch.backends.mkldnn.is_available() and weight.device.type == "cpu" and weight.dtype in PACKED_DTYPES
-    if not usable:
+    usable = torch.backends.mkldnn.is_available() and weight.device.type == "cpu" and weight.dtype in _SMALLEST_PACKED
+    if not usable or weight.numel() <= _SMALLEST_PACKED[weight.dtype]:
         return weight
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
     return packed

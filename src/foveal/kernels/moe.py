@@ -22,8 +22,8 @@ def experts(
 ) -> Tensor:
     """Weighted sum over the chosen experts e of down_e(act(gate_e x) * up_e x).
 
-    x_TD: [T, D]; weights_TA: float32 [T, A]; chosen_TA: int64 [T, A]; gate_up: for each expert [2F, D], gate rows first;
-    down: [D, F]. Summed in float32, returned as [T, D] in x's dtype.
+    x_TD: [T, D]; weights_TA: float32 [T, A]; chosen_TA: int64 [T, A]; gate_up: for each expert [2F, D], gate rows
+    first; down: [D, F]. Summed in float32, returned as [T, D] in x's dtype.
     """
     rows = []
     for x_D, weights_A, chosen_A in zip(x_TD, weights_TA, chosen_TA.tolist(), strict=True):

@@ -53,8 +53,8 @@ def power_of_two_scale(amax: Tensor) -> Tensor:
 def e4m3_to_float32(bytes_: Tensor) -> Tensor:
     """The value of e4m3 bytes (uint8), exactly, denormals included; NaN codes are not expected.
 
-    `Tensor.to` converts e4m3 one number at a time on CPUs; moving the bits into a float16 and letting the CPU widen that
-    is several times faster. e4m3's exponent bias is 8 below float16's, hence the factor.
+    `Tensor.to` converts e4m3 one number at a time on CPUs; moving the bits into a float16 and letting the CPU widen
+    that is several times faster. e4m3's exponent bias is 8 below float16's, hence the factor.
     """
     wide = bytes_.to(torch.int16)
     half = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)

@@ -4,23 +4,21 @@ import torch
 from torch import Tensor
 
 
-def apply_rope(x_THR: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, interleaved: bool) -> Tensor:
-    """Turn the first 2r dimensions of the last axis by the angles whose cosines and sines are given (float32 [T, r]).
+def apply_rope(x_THR: Tensor, turns_TR: Tensor, *, interleaved: bool) -> Tensor:
+    """Turn the first 2r dimensions of the last axis, pair by pair.
 
-    Pairs are (0, 1), (2, 3), ... when `interleaved`, otherwise (i, i + r) within those 2r. x_THR: [T, H, X >= 2r], any
-    float dtype; computed in float32, returned in x's dtype.
+    x_THR: [T, H, X >= 2r], any float dtype. turns_TR: complex64 [T, r], a unit complex number (times yarn's attention
+    factor) for each pair. Pairs are (0, 1), (2, 3), ... when `interleaved`, otherwise (i, i + r) within the 2r.
+    A pair is a complex number, so turning it is one product. Computed in float32, returned in x's dtype.
     """
-    half = cos_TR.shape[-1]
-    turned_THR = x_THR[..., : 2 * half].float()
+    half = turns_TR.shape[-1]
+    pairs_THR = x_THR[..., : 2 * half].float()
     if interleaved:
-        pairs = torch.view_as_complex(turned_THR.unflatten(-1, (half, 2)).contiguous())
-        turned_THR = torch.view_as_real(pairs * torch.complex(cos_TR, sin_TR)[:, None]).flatten(-2)
+        pairs_THR = torch.view_as_complex(pairs_THR.unflatten(-1, (half, 2)).contiguous()) * turns_TR[:, None]
+        turned_THR = torch.view_as_real(pairs_THR).flatten(-2)
     else:
-        cos_T1R, sin_T1R = cos_TR[:, None], sin_TR[:, None]
-        first_THR, second_THR = turned_THR[..., :half], turned_THR[..., half:]
-        turned_THR = torch.cat(
-            (first_THR * cos_T1R - second_THR * sin_T1R, second_THR * cos_T1R + first_THR * sin_T1R), -1
-        )
+        pairs_THR = torch.complex(pairs_THR[..., :half], pairs_THR[..., half:]) * turns_TR[:, None]
+        turned_THR = torch.cat((pairs_THR.real, pairs_THR.imag), -1)
     turned_THR = turned_THR.to(x_THR.dtype)
     if x_THR.shape[-1] == 2 * half:
         return turned_THR

@@ -15,10 +15,10 @@ STRETCH = 8192
 def select(q_TIJ: Tensor, weights_TI: Tensor, keys: KeySource, queries: Queries, *, topk: int) -> Tensor:
     """For each query the positions of the `topk` earlier tokens (itself included) with the highest index scores.
 
-    I(t, n) = sum_i weights(t, i) ReLU(q(t, i) . k(n)) in float32 (DeepSeek-V3.2 report, equation 1; the softmax scale, the
-    head scale and the query's quantisation scale are folded into the weights, a key's scale into the key).
-    q_TIJ: [T, I, J]; weights_TI: float32 [T, I]; keys: rows [J]. Returns int32 [T, topk], ascending, -1 last where a query
-    has fewer earlier tokens. Ties go to the lower position.
+    I(t, n) = sum_i weights(t, i) ReLU(q(t, i) . k(n)) in float32 (DeepSeek-V3.2 report, equation 1; the softmax scale,
+    the head scale and the query's quantisation scale are folded into the weights, a key's scale into the key).
+    q_TIJ: [T, I, J]; weights_TI: float32 [T, I]; keys: rows [J]. Returns int32 [T, topk], ascending, -1 last where a
+    query has fewer earlier tokens. Ties go to the lower position.
     """
     selection_TK = torch.full((q_TIJ.shape[0], topk), -1, dtype=torch.int32, device=q_TIJ.device)
     for s, (row, count, first) in enumerate(queries):
@@ -41,9 +41,7 @@ def _select_streamed(q_TIJ: Tensor, weights_TI: Tensor, keys: KeySource, queries
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _select_tile(
-    q_tIJ: Tensor, weights_tI: Tensor, keys: KeySource, sequence: int, position: int, topk: int
-) -> Tensor:
+def _select_tile(q_tIJ: Tensor, weights_tI: Tensor, keys: KeySource, sequence: int, position: int, topk: int) -> Tensor:
     """The selection of neighbouring queries, the first at `position`: a running top-k over stretches of context."""
     count, stop = q_tIJ.shape[0], position + q_tIJ.shape[0]
     best_scores_tK: Tensor | None = None
@@ -51,7 +49,7 @@ def _select_tile(
     for start in range(0, stop, STRETCH):
         end = min(start + STRETCH, stop)
         scores_tN = _scores(q_tIJ, weights_tI, keys.context(sequence, start, end).float())
-        if end > position:
+        if end > position + 1:
             key_N = torch.arange(start, end, device=q_tIJ.device)
             query_t = torch.arange(position, stop, device=q_tIJ.device)[:, None]
             scores_tN.masked_fill_(key_N > query_t, float("-inf"))
@@ -65,7 +63,9 @@ def _select_tile(
             width = best_scores_tK.shape[1]
             kept_tK = best_tK.gather(1, place_tK.clamp(0, width - 1).long())
             best_tK = torch.where(place_tK < width, torch.where(place_tK < 0, -1, kept_tK), place_tK + (start - width))
-        best_scores_tK = scores_tN.gather(1, place_tK.clamp_min(0).long()).masked_fill_(place_tK < 0, float("-inf"))
+        if end < stop:
+            kept_tK = scores_tN.gather(1, place_tK.clamp_min(0).long())
+            best_scores_tK = kept_tK.masked_fill_(place_tK < 0, float("-inf"))
     assert best_tK is not None and best_tK.shape == (count, topk)
     return best_tK
 

@@ -18,7 +18,8 @@ def sparse_attention(
     """Attention of each query over the key positions that were selected for it.
 
     q_THP: [T, H, P]. keys: rows [P] shared by all heads; a row's first `value_dim` numbers are its value (absorbed MLA:
-    P = C + R, value_dim = C). selection_TK: int32 [T, K] positions in the query's sequence, -1 = none; at least one a row.
+    P = C + R, value_dim = C). selection_TK: int32 [T, K] positions in the query's sequence, -1 = none; at least one
+    a row.
     Returns [T, H, value_dim] in q's dtype. Softmax in float32.
     """
     outputs = []

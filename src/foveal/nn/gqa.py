@@ -36,11 +36,9 @@ class GQA(Mixer):
             q_THP, k_TGP = qk_TXP.split([config.heads, config.kv_heads], 1)
             qk_TXP = torch.cat((self.q_norm(q_THP), self.k_norm(k_TGP)), 1)
         if config.rope:
-            qk_TXP = apply_rope(qk_TXP, *step.angles(config.rope), interleaved=config.rope.interleaved)
+            qk_TXP = apply_rope(qk_TXP, step.turns(config.rope), interleaved=config.rope.interleaved)
         q_THP, k_TGP = qk_TXP.split([config.heads, config.kv_heads], 1)
         keys = step.keep(cache.keys if cache else None, k_TGP)
         values = step.keep(cache.values if cache else None, v_TGP)
-        out_THP = attention(
-            q_THP, keys, values, step.queries, scale=config.scale, window=config.window
-        )
+        out_THP = attention(q_THP, keys, values, step.queries, scale=config.scale, window=config.window)
         return self.o_proj(out_THP.flatten(1))

@@ -40,18 +40,17 @@ class Indexer(nn.Module):
         if not members:
             return None
         if len(members) == len(step.contexts.lengths):
-            return self._select(x_TD, latent_TX, step.angles(self.config.rope), keys, step.queries)
+            return self._select(x_TD, latent_TX, step.turns(self.config.rope), keys, step.queries)
         selection_TK = self._everything(step)
         rows_t, queries = gather_queries(step.queries, members, x_TD.device)
-        cos_TR, sin_TR = step.angles(self.config.rope)
-        angles = cos_TR[rows_t], sin_TR[rows_t]
-        selection_TK[rows_t] = self._select(x_TD[rows_t], latent_TX[rows_t], angles, keys.only(members), queries)
+        turns_tR = step.turns(self.config.rope)[rows_t]
+        selection_TK[rows_t] = self._select(x_TD[rows_t], latent_TX[rows_t], turns_tR, keys.only(members), queries)
         return selection_TK
 
     def _keys(self, x_TD: Tensor, step: Step, cache: BlockCache | None) -> KeySource:
         rope = self.config.rope
         k_TJ = self.k_norm(self.wk(x_TD)).to(x_TD.dtype)
-        k_TJ = apply_rope(k_TJ[:, None], *step.angles(rope), interleaved=rope.interleaved)[:, 0]
+        k_TJ = apply_rope(k_TJ[:, None], step.turns(rope), interleaved=rope.interleaved)[:, 0]
         if cache is not None:
             return step.keep(cache.index, k_TJ)
         if isinstance(self.stored, torch.dtype):
@@ -59,18 +58,16 @@ class Indexer(nn.Module):
         values, scale_T = quantise_index(k_TJ)
         return KeySource(Rows(values.float() * scale_T[:, None]), step.contexts)
 
-    def _select(
-        self, x_TD: Tensor, latent_TX: Tensor, angles: tuple[Tensor, Tensor], keys: KeySource, queries: Queries
-    ) -> Tensor:
+    def _select(self, x_TD: Tensor, latent_TX: Tensor, turns_TR: Tensor, keys: KeySource, queries: Queries) -> Tensor:
         with torch.no_grad():  # which tokens are picked has no gradient; training compares the scores themselves
-            q_TIJ, weights_TI = self.query(x_TD, latent_TX, angles)
+            q_TIJ, weights_TI = self.query(x_TD, latent_TX, turns_TR)
             return select(q_TIJ, weights_TI, keys, queries, topk=self.config.topk)
 
-    def query(self, x_TD: Tensor, latent_TX: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def query(self, x_TD: Tensor, latent_TX: Tensor, turns_TR: Tensor) -> tuple[Tensor, Tensor]:
         """Index queries [T, I, J] and head weights, float32 [T, I], all scales folded into the weights."""
         config = self.config
         q_TIJ = self.wq_b(latent_TX).unflatten(-1, (config.heads, config.head_dim))
-        q_TIJ = apply_rope(q_TIJ, *angles, interleaved=config.rope.interleaved)
+        q_TIJ = apply_rope(q_TIJ, turns_TR, interleaved=config.rope.interleaved)
         weights_TI = self.weights_proj(x_TD.float()) * (config.heads**-0.5 * config.head_dim**-0.5)
         if self.stored == "fp8":
             values, scale_TI = quantise_index(q_TIJ)

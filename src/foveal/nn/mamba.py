@@ -7,7 +7,7 @@ from torch.nn.functional import silu, softplus
 from foveal.cache.layouts import BlockCache
 from foveal.config.model import MambaConfig
 from foveal.kernels import causal_conv, selective_scan
-from foveal.nn.linear import FusedLinear, Linear
+from foveal.nn.linear import Linear
 from foveal.nn.mixer import Mixer
 from foveal.nn.norm import RMSNorm
 from foveal.nn.step import Step

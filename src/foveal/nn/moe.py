@@ -12,7 +12,9 @@ from foveal.nn.mlp import ACTIVATIONS, MLP
 class Router(nn.Module):
     """Chooses experts for each token and weighs them (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
 
-    def __init__(self, config: RouterConfig, hidden_size: int, experts: int, per_token: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: RouterConfig, hidden_size: int, experts: int, per_token: int, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.config, self.per_token = config, per_token
         self.weight = nn.Parameter(torch.empty(experts, hidden_size, dtype=dtype))

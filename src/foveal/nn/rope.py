@@ -1,4 +1,4 @@
-"""Rotary angles for every scaling."""
+"""Rotary turns for every scaling."""
 
 import math
 from functools import lru_cache
@@ -9,10 +9,8 @@ from torch import Tensor
 from foveal.config.model import RopeConfig
 
 
-def rope_angles(
-    rope: RopeConfig, positions_T: Tensor, lengths: list[tuple[int, int]]
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, float32 [T, dim / 2] each, yarn's attention factor applied.
+def rope_turns(rope: RopeConfig, positions_T: Tensor, lengths: list[tuple[int, int]]) -> Tensor:
+    """By how much each pair of each token is turned: complex64 [T, dim / 2], of absolute value 1 (yarn: its factor).
 
     positions_T: int64 [T]. lengths: (tokens in this batch, prompt length) of each sequence, for `dynamic` scaling only:
     there the frequencies of a token depend on max(prompt length, its position + 1), which is what generating token by
@@ -23,9 +21,7 @@ def rope_angles(
     else:
         frequencies = frequencies_of(rope).to(positions_T.device)
     angles_TR = positions_T[:, None].float() * frequencies
-    factor = rope.scaling.attention_factor
-    cos_TR, sin_TR = angles_TR.cos(), angles_TR.sin()
-    return (cos_TR, sin_TR) if factor == 1.0 else (cos_TR * factor, sin_TR * factor)
+    return torch.polar(torch.full_like(angles_TR, rope.scaling.attention_factor), angles_TR)
 
 
 @lru_cache

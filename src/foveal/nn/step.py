@@ -1,15 +1,15 @@
 """What all layers of one forward share: positions, where keys lie, rope angles, the current selection."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
+from foveal.cache.layouts import PagedLayout
 from foveal.config.model import RopeConfig
 from foveal.kernels import Contexts, KeySource, Queries, Rows
-from foveal.cache.layouts import PagedLayout
 from foveal.nn.batch import Batch
-from foveal.nn.rope import rope_angles
+from foveal.nn.rope import rope_turns
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Step:
     selection_TK: Tensor | None = None
     """The selection of the last indexer that ran: int32 positions, ascending, -1 last. None: everything is seen."""
     collected: dict[str, list[Any]] = field(default_factory=dict)
-    _angles: dict[RopeConfig, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _turns: dict[RopeConfig, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def of(batch: Batch) -> "Step":
@@ -32,12 +32,12 @@ class Step:
         rows_T = None if batch.table_SB is None else batch.rows_T
         return Step(batch, batch.queries, batch.contexts, rows_T)
 
-    def angles(self, rope: RopeConfig) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of every token's angles, float32 [T, dim / 2] each; computed once a step."""
-        key = RopeConfig(rope.dim, rope.theta, scaling=rope.scaling)
-        if key not in self._angles:
-            self._angles[key] = rope_angles(rope, self.batch.positions_T, self._rope_lengths())
-        return self._angles[key]
+    def turns(self, rope: RopeConfig) -> Tensor:
+        """Every token's turns, complex64 [T, dim / 2], for `apply_rope`; computed once a step."""
+        key = replace(rope, interleaved=False)  # which dimensions make a pair does not change its turn
+        if key not in self._turns:
+            self._turns[key] = rope_turns(rope, self.batch.positions_T, self._rope_lengths())
+        return self._turns[key]
 
     def keep(self, layout: PagedLayout | None, values_TX: Tensor) -> KeySource:
         """Store this step's rows in the cache, where there is one, and say where all rows of each sequence are."""

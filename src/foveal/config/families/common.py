@@ -13,8 +13,8 @@ from foveal.config.model import (
     LayerConfig,
     MLAConfig,
     MLPConfig,
-    MoEConfig,
     ModelConfig,
+    MoEConfig,
     RouterConfig,
 )
 from foveal.config.rope import mscale_scale, read_rope, rope_settings
@@ -80,7 +80,9 @@ def gqa(
     if "head_dim" not in fields.raw and hidden % heads:
         raise ValueError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
     if heads % kv_heads:
-        raise ValueError(f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+        raise ValueError(
+            f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+        )
     return GQAConfig(
         heads=heads,
         kv_heads=kv_heads,
@@ -129,7 +131,9 @@ def mla(fields: Fields, *, interleaved: bool = True) -> MLAConfig:
     """Multi-head latent attention as every DeepSeek family spells it."""
     heads = fields.positive("num_attention_heads")
     if fields.get("num_key_value_heads", heads) != heads:
-        raise ValueError(f"config.json: MLA needs num_key_value_heads = {heads}, not {fields.raw['num_key_value_heads']}")
+        raise ValueError(
+            f"config.json: MLA needs num_key_value_heads = {heads}, not {fields.raw['num_key_value_heads']}"
+        )
     nope, rope_dim = fields.positive("qk_nope_head_dim"), fields.positive("qk_rope_head_dim")
     fields.skip("qk_head_dim", "head_dim")  # both restate the two above
     scale = (nope + rope_dim) ** -0.5 * mscale_scale(rope_settings(fields))
