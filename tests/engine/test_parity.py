@@ -123,7 +123,7 @@ def test_preemption(oracle: tuple[Path, Any]) -> None:
     memory = plan.page_bytes * (4 if plan.window else 5) + plan.slot_bytes * 5
     tight = llm(folder, max_num_seqs=4, enable_prefix_caching=False, kv_cache_memory=memory)
     assert generate(tight, several) == [greedy(model, prompt) for prompt in several]
-    assert tight.engine._scheduler.preemptions > 0
+    assert tight.engine.preemptions > 0
 
 
 def test_fork(oracle: tuple[Path, Any]) -> None:

@@ -65,6 +65,16 @@ class Engine:
         return bool(self._requests or self._rejected)
 
     @property
+    def running(self) -> int:
+        """How many sequences hold pages."""
+        return len(self._scheduler.running)
+
+    @property
+    def preemptions(self) -> int:
+        """How often a sequence had to give up its pages and be computed again."""
+        return self._scheduler.preemptions
+
+    @property
     def usage(self) -> CacheUsage:
         """How full the cache is."""
         return self._manager.usage
@@ -145,7 +155,8 @@ class Engine:
             sequence = chunk.sequence
             caught_up = chunk.caught_up
             sequence.computed = chunk.end
-            self._manager.commit(sequence.key, sequence.tokens[: chunk.end])
+            computed = sequence.tokens if caught_up else sequence.tokens[: chunk.end]
+            self._manager.commit(sequence.key, computed)
             self._keep_prompt_logprobs(chunk, step, chunk_rows)
             if caught_up:
                 group = [sequence, *self._fork(sequence)]

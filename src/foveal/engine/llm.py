@@ -12,7 +12,7 @@ from foveal.cache.store import CacheStore, plan_cache
 from foveal.config import ModelConfig
 from foveal.config.model import GQAConfig, MLAConfig
 from foveal.engine.engine import Engine
-from foveal.engine.memory import CacheDemand, cache_pages, keep_freed_memory
+from foveal.engine.memory import CacheDemand, cache_pages
 from foveal.engine.outputs import RequestOutput
 from foveal.engine.params import SamplingParams
 from foveal.engine.request import Request
@@ -44,8 +44,6 @@ class LLM:
     the same requests in the same order give the same tokens. `enforce_eager`: no fused steps, packed weights and
     graphs. `skip_tokenizer_init`: token ids in, token ids out.
 
-    On a CPU the process's allocator is told to keep freed memory (`foveal.engine.memory.keep_freed_memory`).
-
     Raises ValueError for a value out of range, and where the model or the cache does not fit in memory.
     """
 
@@ -66,8 +64,6 @@ class LLM:
         enforce_eager: bool = False,
         skip_tokenizer_init: bool = False,
     ) -> None:
-        if torch.device(device).type == "cpu":
-            keep_freed_memory()
         path = resolve_model(str(model))
         self.tokenizer = None if skip_tokenizer_init else _tokenizer(path)
         decoder = load_model(path, dtype=dtype, device=device, index_dtype=_name(index_dtype))

@@ -1,6 +1,5 @@
 """How many pages the cache gets."""
 
-import ctypes
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,9 +11,6 @@ from foveal.cache import PAGE_SIZE
 # Of free memory; the rest is for activations, and on a CPU for everything else that the machine does.
 _SHARE = {"cpu": 0.5, "cuda": 0.85}
 _GIB = 2**30
-# glibc's malloc.h: large blocks are not mapped (M_MMAP_MAX), nothing is trimmed (M_TRIM_THRESHOLD), the heap grows by
-# 64 MiB (M_TOP_PAD).
-_MALLOC_SETTINGS = ((-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20))
 
 
 class Sizes(Protocol):
@@ -47,17 +43,6 @@ def available_memory(device: torch.device | str) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return int(psutil.virtual_memory().available)
-
-
-def keep_freed_memory() -> None:
-    """Let the allocator keep what is freed, so that large temporaries are not given back to the system and faulted in
-    again, page by page, at every step (1.8 to 4 times slower on a CPU). Concerns the whole process; nothing happens
-    where the C library is not glibc."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return
-    for parameter, value in _MALLOC_SETTINGS:
-        mallopt(parameter, value)
 
 
 def cache_pages(sizes: Sizes, demand: CacheDemand, budget: int | None, device: torch.device | str) -> int:

@@ -57,7 +57,7 @@ def _attention_tiled(
     window: int | None = None,
     selection_TK: Tensor | None = None,
 ) -> Tensor:
-    if queries.single and selection_TK is None and len(queries.positions) > 1:
+    if queries.single and selection_TK is None and _worth_padding(keys.contexts.lengths, window):
         return _decode(q_THP, keys, values, scale, window)
     parts = []
     for s, (row, count, first) in enumerate(queries):
@@ -73,6 +73,13 @@ def _attention_tiled(
             q_tHP = q_THP[row + lower : row + upper]
             parts.append(_tile(q_tHP, k_NGP[low:high], v_NGV[low:high], mask_tN, scale))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _worth_padding(lengths: tuple[int, ...], window: int | None) -> bool:
+    """Whether one product over all sequences, padded to the longest, reads little that nobody sees."""
+    longest = max(lengths)
+    seen = sum(length if window is None else min(length, window) for length in lengths)
+    return len(lengths) > 1 and len(lengths) * longest <= 2 * seen
 
 
 def _visible(

@@ -83,20 +83,17 @@ def first_of_the_highest(scores_TN: Tensor, topk: int) -> Tensor:
     int32 [T, topk]. `torch.topk` leaves the choice among ties open, so it only finds the lowest score that is kept.
     """
     count, width = scores_TN.shape
+    kept_TN = scores_TN > float("-inf")
     if width > topk:
         lowest_T1 = scores_TN.topk(topk, sorted=False).values.amin(1, keepdim=True)
-        kept_TN = scores_TN >= lowest_T1
-        if int(kept_TN.sum()) > count * topk:
-            above_TN = scores_TN > lowest_T1
-            tied_TN = kept_TN & ~above_TN
-            room_T1 = topk - above_TN.sum(1, keepdim=True)
-            kept_TN = above_TN | (tied_TN & (tied_TN.cumsum(1, dtype=torch.int32) <= room_T1))
-        kept_TN &= scores_TN > float("-inf")
-    else:
-        kept_TN = scores_TN > float("-inf")
+        highest_TN = scores_TN >= lowest_T1
+        if int(highest_TN.sum()) == count * topk:  # no ties at the edge, and so no -inf either
+            return highest_TN.nonzero()[:, 1].view(count, topk).int()
+        above_TN = scores_TN > lowest_T1
+        tied_TN = highest_TN & ~above_TN
+        room_T1 = topk - above_TN.sum(1, keepdim=True)
+        kept_TN &= above_TN | (tied_TN & (tied_TN.cumsum(1, dtype=torch.int32) <= room_T1))
     row_X, place_X = kept_TN.nonzero(as_tuple=True)
-    if len(place_X) == count * topk:
-        return place_X.view(count, topk).int()
     kept_T = kept_TN.sum(1)
     rank_X = torch.arange(len(row_X), device=row_X.device) - (kept_T.cumsum(0) - kept_T)[row_X]
     places_TK = torch.full((count, topk), -1, dtype=torch.int32, device=scores_TN.device)

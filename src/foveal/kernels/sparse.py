@@ -41,9 +41,11 @@ def _sparse_gathered(
     for s, (row, count, _) in enumerate(queries):
         for lower in range(row, row + count, tile):
             chosen_tK = selection_TK[lower : min(lower + tile, row + count)]
-            k_tKP = keys.select(s, chosen_tK.clamp_min(0))
-            none_tK = chosen_tK < 0
-            mask_t1K = ~none_tK[:, None] if none_tK.any() else None
+            mask_t1K = None
+            if int(chosen_tK[:, -1].amin()) < 0:  # -1 stands last: otherwise every entry is a position
+                mask_t1K = (chosen_tK >= 0)[:, None]
+                chosen_tK = chosen_tK.clamp_min(0)
+            k_tKP = keys.select(s, chosen_tK)
             q_tHP = q_THP[lower : lower + len(chosen_tK)]
             parts.append(softmax_attention(q_tHP, k_tKP, k_tKP[..., :value_dim], mask_t1K, scale))
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -72,14 +72,14 @@ class Batch:
         ids = [token for sequence in tokens for token in sequence]
         positions = [start + i for start, length in zip(starts, lengths, strict=True) for i in range(length)]
         return Batch(
-            ids_T=torch.tensor(ids, device=device),
-            positions_T=torch.tensor(positions, device=device),
+            ids_T=torch.tensor(ids, dtype=torch.int64, device=device),
+            positions_T=torch.tensor(positions, dtype=torch.int64, device=device),
             q_offsets=tuple(accumulate(lengths, initial=0)),
             k_lengths=tuple(start + length for start, length in zip(starts, lengths, strict=True)),
-            table_SB=torch.tensor(padded, device=device),
+            table_SB=torch.tensor(padded, dtype=torch.int64, device=device),
             slots=slots,
             rope_lengths=None if rope_lengths is None else tuple(rope_lengths),
-            wanted_L=None if wanted is None else torch.tensor(wanted, device=device),
+            wanted_L=None if wanted is None else torch.tensor(wanted, dtype=torch.int64, device=device),
             collect=collect,
         )
 

@@ -8,13 +8,26 @@ from torch import Tensor
 from foveal.cache.layouts import BlockCache
 from foveal.config.model import MLAConfig
 from foveal.costs import MLAForm, cheapest_mla_form
-from foveal.kernels import Columns, Contexts, KeySource, OneHead, Queries, Rows, apply_rope, attention, sparse_attention
+from foveal.kernels import (
+    Columns,
+    Contexts,
+    KeySource,
+    OneHead,
+    Queries,
+    Rows,
+    apply_rope,
+    attention,
+    linear,
+    sparse_attention,
+)
 from foveal.nn.linear import Linear
 from foveal.nn.mixer import Mixer
 from foveal.nn.norm import RMSNorm
 from foveal.nn.step import Step
 
 FORMS = ("auto", "expanded", "absorbed")
+# Numbers of the keys and values that are expanded at a time.
+EXPANDED_NUMBERS = 1 << 26
 
 
 class MLA(Mixer):
@@ -104,10 +117,8 @@ class MLA(Mixer):
     ) -> Tensor:
         scale = self.config.scale
         if form in ("expanded", "masked"):
-            keys, values = self._expand(latents)
             q_THP = torch.cat((q_nope_THP, q_pe_THR), -1)
-            chosen = selection_TK if form == "masked" else None
-            return attention(q_THP, keys, values, queries, scale=scale, selection_TK=chosen)
+            return self._expanded(q_THP, latents, queries, selection_TK if form == "masked" else None)
         up_k_HPC, up_v_HVC = self._up_projections()
         absorbed_THC = torch.bmm(q_nope_THP.transpose(0, 1), up_k_HPC).transpose(0, 1)
         q_THX = torch.cat((absorbed_THC, q_pe_THR), -1)
@@ -127,16 +138,27 @@ class MLA(Mixer):
         both_HXC = self.kv_b_proj.weight.unflatten(0, (config.heads, -1))
         return both_HXC[:, : config.nope_dim], both_HXC[:, config.nope_dim :]
 
-    def _expand(self, latents: KeySource) -> tuple[KeySource, KeySource]:
-        """Keys [H, P + R] and values [H, V] of every context, packed."""
+    def _expanded(
+        self, q_THP: Tensor, latents: KeySource, queries: Queries, selection_TK: Tensor | None
+    ) -> Tensor:
+        """Attention over per-head keys and values, a few heads at a time: all of them at a long context would take
+        gigabytes."""
         config, lengths = self.config, latents.contexts.lengths
         latent_NX = torch.cat([latents.context(s, 0, length) for s, length in enumerate(lengths)])
         c_kv_NC, k_pe_NR = latent_NX.split([config.kv_lora_rank, config.rope_dim], -1)
-        kv_NHX = self.kv_b_proj(c_kv_NC).unflatten(-1, (config.heads, -1))
-        k_nope_NHP, v_NHV = kv_NHX.split([config.nope_dim, config.value_dim], -1)
-        k_NHP = torch.cat((k_nope_NHP, k_pe_NR[:, None].expand(-1, config.heads, -1)), -1)
         contexts = Contexts.packed(lengths)
-        return KeySource(Rows(k_NHP), contexts), KeySource(Rows(v_NHV), contexts)
+        width = config.nope_dim + config.value_dim
+        heads = max(1, EXPANDED_NUMBERS // (len(latent_NX) * (width + config.rope_dim)))
+        parts = []
+        for q_ThP, weight_XC in zip(
+            q_THP.split(heads, 1), self.kv_b_proj.weight.split(heads * width), strict=True
+        ):
+            kv_NhX = linear(c_kv_NC, weight_XC).unflatten(-1, (-1, width))
+            k_nope_NhP, v_NhV = kv_NhX.split([config.nope_dim, config.value_dim], -1)
+            k_NhP = torch.cat((k_nope_NhP, k_pe_NR[:, None].expand(-1, kv_NhX.shape[1], -1)), -1)
+            keys, values = KeySource(Rows(k_NhP), contexts), KeySource(Rows(v_NhV), contexts)
+            parts.append(attention(q_ThP, keys, values, queries, scale=config.scale, selection_TK=selection_TK))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 class UnpackedLinear(Linear):
