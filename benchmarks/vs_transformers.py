@@ -236,7 +236,9 @@ def contenders(dtypes: list[str]) -> Iterator[tuple[Contender, list[Case]]]:
         for name, path, cases in checkpoints:
             for dtype in dtypes:
                 # Prompts repeat here; a prefix hit would leave nothing to prefill.
-                llm = LLM(str(path), dtype=dtype, enable_prefix_caching=False, skip_tokenizer_init=True)
+                # transformers keeps index keys in the model's dtype, so both do here.
+                index = {"index_dtype": "bf16"} if dtype == "bfloat16" and name.startswith("DSA") else {}
+                llm = LLM(str(path), dtype=dtype, enable_prefix_caching=False, skip_tokenizer_init=True, **index)
                 yield Contender(name, llm, load_transformers(path, getattr(torch, dtype)), dtype), cases
                 del llm
                 gc.collect()

@@ -14,7 +14,7 @@ from foveal.cache import PAGE_SIZE, CacheManager, Copies
 def compute(manager: CacheManager, key: str, tokens: Sequence[int]) -> None:
     """Reserve and commit, as the engine does around a step."""
     assert manager.reserve(key, len(tokens))
-    manager.commit(key, tokens)
+    manager.commit(key, tokens, len(tokens))
     manager.check()
 
 
@@ -65,7 +65,7 @@ def test_empty_prompt():
     """Guards against a negative hit."""
     manager = CacheManager(4)
     assert manager.admit("a", []) == 0
-    manager.commit("a", [])
+    manager.commit("a", [], 0)
     assert manager.table("a") == []
 
 
@@ -100,6 +100,22 @@ def test_salts_are_apart():
     assert run(manager, "d", tokens, "y") == 128
 
 
+def test_a_sequence_that_is_not_reusable_leaves_no_page_cached():
+    """Guards against pages that nobody can hit and that evict others, and against a hit where every row is wanted."""
+    manager = CacheManager(8)
+    tokens = [1] * 130
+    run(manager, "a", tokens)
+    manager.free("a")
+    assert manager.admit("b", tokens, reusable=False) == 0
+    compute(manager, "b", tokens)
+    assert manager.fork("b", "c") is not None
+    compute(manager, "c", [*tokens, *[2] * 70])
+    manager.free("b")
+    manager.free("c")
+    assert (manager.usage.pages_cached, manager.usage.prefix_query_tokens) == (2, 130)
+    assert run(manager, "d", [*tokens, *[2] * 70]) == 128
+
+
 def test_prefix_caching_off():
     """Guards against hits where the user wants none."""
     manager = CacheManager(8, prefix_caching=False)
@@ -117,7 +133,7 @@ def test_pages_are_not_cached_before_they_are_computed():
     manager.admit("a", tokens)
     assert manager.reserve("a", 200)
     assert run(manager, "b", tokens[:100]) == 0
-    manager.commit("a", tokens[:130])
+    manager.commit("a", tokens, 130)
     assert manager.admit("c", tokens) == 128
 
 
@@ -201,6 +217,21 @@ def test_commit_reads_new_pages_only():
         tokens.read = 0
         compute(manager, "a", tokens)
         assert tokens.read == (PAGE_SIZE if len(tokens) % PAGE_SIZE == 0 else 0)
+
+
+def test_commit_of_a_chunk_reads_its_pages_only():
+    """Guards against copying a long prompt once for each of its chunks, and against caching beyond what is computed."""
+    manager = CacheManager(20)
+    tokens = Watched([1] * 1000)
+    manager.admit("a", [])
+    assert manager.reserve("a", 1000)
+    before = 0
+    for computed in (100, 200, 640, 1000):
+        tokens.read = 0
+        manager.commit("a", tokens, computed)
+        manager.check()
+        assert tokens.read == (computed // PAGE_SIZE - before // PAGE_SIZE) * PAGE_SIZE
+        before = computed
 
 
 @pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 128, 190])
@@ -352,6 +383,19 @@ def test_check_sees_a_page_indexed_under_other_tokens():
         manager.check()
 
 
+@pytest.mark.parametrize("lost", ["page", "slot"])
+def test_counts_see_a_loss(lost: str):
+    """Guards against a cheap check that cannot fail."""
+    manager = CacheManager(8, slots=3)
+    run(manager, "a", [1] * 100)
+    manager.check_counts()
+    manager.free("a")
+    manager.check_counts()
+    manager._pool.take(1) if lost == "page" else manager._slots.take()
+    with pytest.raises(AssertionError, match="in use by nobody"):
+        manager.check_counts()
+
+
 def test_waste_is_small():
     """Guards against pages reserved long before they are needed: 200 random lengths waste under 4 % in all."""
     randomness = random.Random(0)
@@ -361,7 +405,7 @@ def test_waste_is_small():
         tokens = list(range(length))
         assert manager.admit(number, tokens, salt=number) == 0
         assert manager.reserve(number, length)
-        manager.commit(number, tokens)
+        manager.commit(number, tokens, length)
     pages = chain.from_iterable(manager.table(number) for number in range(200))
     assert manager.usage.waste == pytest.approx(1 - sum(lengths) / (PAGE_SIZE * len(list(pages))))
     assert 0 < manager.usage.waste < 0.04

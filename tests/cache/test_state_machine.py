@@ -33,6 +33,7 @@ prompts = st.tuples(
     st.lists(st.sampled_from(TOKENS), max_size=3), tails, st.sampled_from(TOKENS)
 )  # whole pages of one token each, and a tail
 salts = st.sampled_from([None, "salt"])
+reuse = st.sampled_from([True, True, True, False])
 counts = st.sampled_from([1, 7, PAGE_SIZE - 1, PAGE_SIZE, PAGE_SIZE + 1, 2 * PAGE_SIZE + 5])
 
 Prefix = tuple[str | None, tuple[int, ...]]
@@ -48,6 +49,7 @@ class ModelSequence:
     computed: int
     queried: int
     hit: int
+    reusable: bool
 
 
 @dataclass
@@ -86,17 +88,17 @@ class CacheMachine(RuleBasedStateMachine):
     # What the engine does.
 
     @precondition(lambda self: self.manager.can_admit())
-    @rule(target=keys, prompt=prompts, salt=salts)
-    def admit(self, prompt: tuple[list[int], int, int], salt: str | None) -> int:
+    @rule(target=keys, prompt=prompts, salt=salts, reusable=reuse)
+    def admit(self, prompt: tuple[list[int], int, int], salt: str | None, reusable: bool) -> int:
         labels, tail, token = prompt
-        return self._admit([label for label in labels for _ in range(PAGE_SIZE)] + [token] * tail, salt)
+        return self._admit([label for label in labels for _ in range(PAGE_SIZE)] + [token] * tail, salt, reusable)
 
     @precondition(lambda self: self.past and self.manager.can_admit())
-    @rule(target=keys, data=st.data(), aligned=st.booleans())
-    def admit_again(self, data: st.DataObject, aligned: bool) -> int:
+    @rule(target=keys, data=st.data(), aligned=st.booleans(), reusable=reuse)
+    def admit_again(self, data: st.DataObject, aligned: bool, reusable: bool) -> int:
         """A preempted or repeated request; where `aligned`, a prompt of whole pages which may be cached to its end."""
         salt, tokens = data.draw(st.sampled_from(self.past))
-        return self._admit(tokens[: len(tokens) // PAGE_SIZE * PAGE_SIZE] if aligned else tokens, salt)
+        return self._admit(tokens[: len(tokens) // PAGE_SIZE * PAGE_SIZE] if aligned else tokens, salt, reusable)
 
     @rule(key=keys, count=counts, token=st.sampled_from(TOKENS), rejected=st.integers(0, 3))
     def append(self, key: int, count: int, token: int, rejected: int) -> None:
@@ -128,7 +130,8 @@ class CacheMachine(RuleBasedStateMachine):
         if copies is None:
             assert (self._tables(), self.manager.usage) == (before, usage)
             return multiple()
-        self.sequences[child] = ModelSequence(source.salt, source.tokens[: source.computed], source.computed, 0, 0)
+        tokens = source.tokens[: source.computed]
+        self.sequences[child] = ModelSequence(source.salt, tokens, source.computed, 0, 0, source.reusable)
         assert len(copies.pages) == partial
         assert len(copies.slots) == bool(self.slots)
         for origin, copy in copies.pages:
@@ -200,15 +203,15 @@ class CacheMachine(RuleBasedStateMachine):
 
     # The model's own work.
 
-    def _admit(self, tokens: list[int], salt: str | None) -> int:
+    def _admit(self, tokens: list[int], salt: str | None, reusable: bool) -> int:
         key = self._new_key()
-        expected = self._cached_pages(tokens, salt)
-        hit = self.manager.admit(key, tokens, salt)
+        expected = self._cached_pages(tokens, salt) if reusable else []
+        hit = self.manager.admit(key, tokens, salt, reusable=reusable)
         assert hit == len(expected) * PAGE_SIZE
         assert hit < len(tokens) or not tokens, "nothing is left to compute"
         for page, actual in zip(expected, self.manager.table(key), strict=True):
             assert actual in (0, page)
-        self.sequences[key] = ModelSequence(salt, list(tokens), hit, len(tokens), hit)
+        self.sequences[key] = ModelSequence(salt, list(tokens), hit, len(tokens), hit, reusable)
         return key
 
     def _cached_pages(self, tokens: list[int], salt: str | None) -> list[int]:
@@ -256,11 +259,11 @@ class CacheMachine(RuleBasedStateMachine):
         sequence, table = self.sequences[key], list(self.manager.table(key))
         for number in range(sequence.computed // PAGE_SIZE, computed // PAGE_SIZE):
             prefix = sequence.salt, tuple(sequence.tokens[: (number + 1) * PAGE_SIZE])
-            if self.caches:
+            if self.caches and sequence.reusable:
                 self.indexed.setdefault(prefix, table[number])
-        self.manager.commit(key, sequence.tokens[:computed])
+        self.manager.commit(key, sequence.tokens, computed)
         sequence.computed = computed
-        if self.caches:
+        if self.caches and sequence.reusable:
             self.queried += sequence.queried
             self.hit += sequence.hit
         sequence.queried = sequence.hit = 0

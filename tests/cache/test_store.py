@@ -60,6 +60,26 @@ def test_shared_selections_have_no_index_keys() -> None:
     assert sum(block.index is not None for block in blocks) == own
 
 
+@pytest.mark.parametrize("name", ["llama", "deepseek_v32", "jamba"])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_only_the_null_page_is_set(name: str, fp8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting with the whole budget of memory touched, or with a null page that holds NaN."""
+    empty = torch.empty
+
+    def dirty(shape: tuple[int, ...], **options: Any) -> torch.Tensor:
+        memory = empty(shape, **options)
+        memory.view(torch.uint8).fill_(0xFF)  # NaN in every float format
+        return memory
+
+    monkeypatch.setattr(torch, "empty", dirty)
+    latents = "fp8" if fp8 and name == "deepseek_v32" else "auto"
+    store = CacheStore(plan_cache(config_of(name), torch.bfloat16, latents, "fp8" if fp8 else "bf16"), 3, 3)
+    tensors = [layout.pages for layout in store._paged()]
+    tensors += [state for block in store._blocks() if block.state for state in block.state.states]
+    for tensor in tensors:
+        assert not tensor[0].view(torch.uint8).any() and (tensor[1:].contiguous().view(torch.uint8) == 0xFF).all()
+
+
 @pytest.mark.parametrize(
     ("options", "culprit"),
     [

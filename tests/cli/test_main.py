@@ -1,7 +1,10 @@
 """The command as a whole: start-up, help, and how errors end."""
 
+import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,10 +76,18 @@ def test_usage_errors_exit_with_2(run: Any, arguments: list[str]) -> None:
     assert run(*arguments).code == 2
 
 
+def test_a_chat_template_that_refuses_ends_in_one_line(run: Any, tiny_model: str, tmp_path: Path) -> None:
+    """Guards against a traceback from inside jinja for what a model's own file says."""
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "{{ raise_exception('never') }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert run("generate", str(folder), "hello", "--chat") == (2, "", "foveal: never\n")
+
+
 def test_ctrl_c_is_quiet(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a traceback when someone stops a long answer."""
 
-    def interrupted(*_: str) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(session, "load", interrupted)

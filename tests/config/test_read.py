@@ -8,7 +8,7 @@ import pytest
 from oracle import FAMILIES
 
 from foveal.config import read_config
-from foveal.config.model import GQAConfig, MambaConfig, MLAConfig, MoEConfig
+from foveal.config.model import GQAConfig, MambaConfig, MLAConfig, MoEConfig, RopeConfig
 
 MLA = {
     "hidden_size": 64,
@@ -71,8 +71,41 @@ LLAMA = {
     "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "vocab_size": 100,
     "max_position_embeddings": 128,
+}
+# Nothing but sizes: everything else is left to the family's defaults.
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 32,
+    "vocab_size": 100,
+    "max_position_embeddings": 128,
+}
+MLA_SIZES = SIZES | {
+    "num_key_value_heads": 32,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 40,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 32,
+    "num_experts_per_tok": 4,
+}
+MINIMAL: dict[str, dict[str, Any]] = {
+    "llama": SIZES,
+    "mistral": SIZES,
+    "qwen2": SIZES,
+    "qwen3": SIZES,
+    "mixtral": SIZES | {"num_local_experts": 6, "num_experts_per_tok": 2},
+    "jamba": SIZES | {"num_hidden_layers": 16},
+    "deepseek_v2": MLA_SIZES,
+    "deepseek_v3": MLA_SIZES,
+    "deepseek_v32": MLA_SIZES,
+    "glm_moe_dsa": MLA_SIZES,
 }
 
 
@@ -135,12 +168,103 @@ def test_windows() -> None:
     assert windows(model_type="qwen3", sliding_window=8, use_sliding_window=True, layer_types=types) == [8, None]
 
 
+@pytest.mark.parametrize("family", ["mistral", "mixtral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("window", [0, -1])
+def test_a_window_of_nothing_is_refused(family: str, window: int) -> None:
+    """A window that leaves a query without keys: not a number anywhere."""
+    raw = MINIMAL[family] | {"model_type": family, "sliding_window": window, "use_sliding_window": False}
+    with pytest.raises(ValueError, match="'sliding_window'"):
+        read_config(raw)
+
+
+@pytest.mark.parametrize("family", MINIMAL)
+def test_what_a_config_leaves_out_is_what_transformers_takes(family: str) -> None:
+    """A default that is not the family's: a released config may rely on any of them."""
+    import transformers
+
+    full = transformers.AutoConfig.for_model(family, **MINIMAL[family]).to_dict()
+    assert read_config(MINIMAL[family] | {"model_type": family}) == read_config(full)
+
+
+def rope_of(raw: dict[str, Any]) -> RopeConfig:
+    """The rope of the first layer."""
+    operation = read_config(raw).layers[0][0].operation
+    assert isinstance(operation, GQAConfig | MLAConfig) and operation.rope is not None
+    return operation.rope
+
+
+PLAIN = {"rope_type": "default", "rope_theta": 1e6}
+STRETCHED = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_scaling": STRETCHED, "rope_parameters": PLAIN},
+        {"rope_scaling": PLAIN, "rope_parameters": STRETCHED},
+        {"rope_scaling": STRETCHED | {"rope_theta": 1e6}, "rope_parameters": {"rope_type": "default"}},
+        {"rope_scaling": STRETCHED, "rope_parameters": STRETCHED | {"rope_theta": 1e6, "rope_type": "yarn"}},
+        {"rope_scaling": STRETCHED, "rope_theta": 1e6},
+        {"rope_parameters": STRETCHED | {"rope_theta": 1e6}},
+    ],
+)
+def test_both_spellings_of_rope_together(fields: dict[str, Any]) -> None:
+    """A hand-added `rope_scaling` that hides the theta in `rope_parameters`, or the other way round."""
+    rope = rope_of(LLAMA | fields)
+    assert (rope.theta, rope.scaling.kind, rope.scaling.factor) == (1e6, "yarn", 4.0)
+
+
+@pytest.mark.parametrize("change", [{"factor": 2.0}, {"rope_theta": 5e5}])
+def test_spellings_of_rope_that_contradict_each_other(change: dict[str, Any]) -> None:
+    """One of two different scalings, or thetas, being taken at random."""
+    both = {
+        "rope_scaling": STRETCHED | {"rope_theta": 1e6},
+        "rope_parameters": STRETCHED | {"rope_theta": 1e6} | change,
+    }
+    with pytest.raises(ValueError, match=r"'rope_scaling' = .* contradicts 'rope_parameters' = "):
+        read_config(LLAMA | both)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "longest"),
+    [
+        (None, 128),
+        ({"type": "linear", "factor": 2.0}, 256),
+        ({"type": "dynamic", "factor": 2.0}, 256),
+        ({"type": "yarn", "factor": 4.0}, 512),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 128),
+        ({"type": "yarn", "original_max_position_embeddings": 32}, 128),
+        ({"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}, 128),
+    ],
+)
+def test_positions(scaling: dict[str, Any] | None, longest: int) -> None:
+    """A stretched model that refuses the context it was stretched to, or that is stretched twice."""
+    assert read_config(LLAMA | {"rope_scaling": scaling}).max_positions == longest
+
+
+def test_positions_of_deepseek_v32() -> None:
+    """The released `max_position_embeddings`, which is 40 times the original length already, times 40 again."""
+    assert read_config(DEEPSEEK_V32).max_positions == 163840
+
+
+def test_yarn_without_a_factor() -> None:
+    """A KeyError where the factor follows from the two lengths."""
+    yarn = {key: value for key, value in YARN.items() if key != "factor"}
+    assert read_config(DEEPSEEK_V32 | {"rope_scaling": yarn}) == read_config(DEEPSEEK_V32)
+
+
 def test_jamba_pattern() -> None:
     """Attention or experts on the wrong layers."""
     config = read_config(LLAMA | {"model_type": "jamba", "num_hidden_layers": 16})
     mixers = [isinstance(layer[0].operation, MambaConfig) for layer in config.layers]
     assert [index for index, is_mamba in enumerate(mixers) if not is_mamba] == [4, 12]
     assert [isinstance(layer[1].operation, MoEConfig) for layer in config.layers] == [False, True] * 8
+
+
+def fp8(blocks: Any) -> dict[str, Any]:
+    """The field of a checkpoint that is quantised in `blocks`."""
+    return {"quantization_config": {"quant_method": "fp8", "weight_block_size": blocks}}
 
 
 @pytest.mark.parametrize(
@@ -159,6 +283,22 @@ def test_jamba_pattern() -> None:
         ({"partial_rotary_factor": 0.5}, "'partial_rotary_factor'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "'quantization_config' = 'gptq'"),
         ({"rope_scaling": {"type": "llama3", "factor": 8}}, "low_freq_factor"),
+        ({"rope_scaling": "yarn"}, "'rope_scaling' must be an object"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "'factor' must be a number"),
+        ({"rope_theta": "1e6"}, "'rope_theta' must be a number"),
+        ({"rope_theta": -1}, "'rope_theta'"),
+        ({"rms_norm_eps": "small"}, "'rms_norm_eps' must be a number"),
+        ({"attention_bias": "false"}, "'attention_bias' must be true or false"),
+        ({"eos_token_id": "2"}, "'eos_token_id'"),
+        ({"is_causal": False}, "'is_causal' = False"),
+        ({"unheard_of": False}, "'unheard_of' = False"),
+        ({"unheard_of": 0}, "'unheard_of' = 0"),
+        ({"use_mrope": True}, "'use_mrope' = True"),
+        ({"model_type": "mistral", "attention_bias": True}, "'attention_bias' = True"),
+        ({"model_type": "qwen2", "layer_types": [["full_attention"], 1]}, "'layer_types' must be a list of strings"),
+        (fp8([128]), "'weight_block_size'"),
+        (fp8(128), "'weight_block_size'"),
+        (fp8([128, "128"]), "'weight_block_size'"),
     ],
 )
 def test_refusals(fields: dict[str, Any], culprit: str) -> None:
@@ -167,10 +307,35 @@ def test_refusals(fields: dict[str, Any], culprit: str) -> None:
         read_config(LLAMA | fields)
 
 
+@pytest.mark.parametrize(
+    ("fields", "culprit"),
+    [
+        ({"rope_interleave": False}, "'rope_interleave' = False"),
+        ({"topk_method": "group_limited_greedy", "n_group": None}, "'n_group'"),
+        ({"topk_method": "group_limited_greedy", "topk_group": None}, "'topk_group'"),
+        ({"q_lora_rank": 0}, "'q_lora_rank'"),
+    ],
+)
+def test_refusals_of_deepseek_v2(fields: dict[str, Any], culprit: str) -> None:
+    """A rope that V2 does not have being ignored, or a TypeError for groups that are not there."""
+    with pytest.raises(ValueError, match=culprit):
+        read_config(MLA | {"model_type": "deepseek_v2"} | fields)
+
+
+def test_a_query_latent_is_stated() -> None:
+    """A config that leaves `q_lora_rank` out being read as V2-Lite's null: releases write one or the other."""
+    raw = {key: value for key, value in MLA.items() if key != "q_lora_rank"} | {"model_type": "deepseek_v2"}
+    with pytest.raises(ValueError, match="lacks 'q_lora_rank'"):
+        read_config(raw)
+    assert read_config(raw | {"q_lora_rank": None}).layers
+
+
 def test_inert_fields_are_accepted() -> None:
     """A released config being refused for what changes nothing."""
-    extra = {"use_cache": True, "architectures": ["X"], "_name_or_path": "a/b", "unheard_of": None, "also_off": False}
-    assert read_config(LLAMA | extra) == read_config(LLAMA)
+    inert = {"use_cache": True, "architectures": ["X"], "_name_or_path": "a/b", "router_jitter_noise": 0.0}
+    empty = {"unheard_of": None, "mlp_only_layers": [], "nothing": {}, "blank": ""}
+    off = {"use_sliding_window": False, "use_mrope": False, "is_llama_config": False, "tie_encoder_decoder": False}
+    assert read_config(LLAMA | inert | empty | off | {"is_causal": True}) == read_config(LLAMA)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,13 +1,27 @@
 """The step loop on a fake model whose every token depends on its whole context as read back from the cache."""
 
+import random
+
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foveal.cache import PAGE_SIZE
 from foveal.engine.request import Request
+from foveal.nn.batch import Batch
 
-from .fakes import EOS, VOCABULARY, ByteTokenizer, FakeModel, greedy_tokens, make_world, request
+from .fakes import (
+    EOS,
+    VOCABULARY,
+    ByteTokenizer,
+    FakeModel,
+    FakeOutput,
+    FakeStore,
+    greedy_tokens,
+    make_world,
+    request,
+)
 
 
 def expected(one: Request) -> list[int]:
@@ -192,6 +206,56 @@ def test_prompt_logprobs_are_of_every_row_of_the_prompt(budget: int, pages: int)
     assert output.logprobs is not None and len(output.logprobs) == len(output.token_ids)
     chosen = [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)]
     assert output.cumulative_logprob == pytest.approx(sum(chosen))
+
+
+def test_prompt_logprobs_leave_nothing_in_the_prefix_cache() -> None:
+    """Guards against pages that no prompt can ever hit, and that evict those that can be."""
+    world = make_world(pages=20)
+    world.run(request("a", 3 * PAGE_SIZE))
+    world.run(request("b", 6 * PAGE_SIZE, start=5, prompt_logprobs=0, n=2))
+    assert world.engine.usage.pages_cached == 3
+    assert world.run(request("c", 3 * PAGE_SIZE + 1))["c"].num_cached_tokens == 3 * PAGE_SIZE
+
+
+class Silent(FakeModel):
+    """Always the same token, at once."""
+
+    def step(self, batch: Batch, cache: FakeStore) -> FakeOutput:
+        assert batch.wanted_L is not None
+        return FakeOutput(torch.zeros(len(batch.wanted_L), VOCABULARY))
+
+
+def test_waste_is_small_while_all_run() -> None:
+    """Guards against pages that the scheduler reserves before they are needed: 200 requests of 1 to 2048 tokens."""
+    randomness = random.Random(0)
+    lengths = [randomness.randint(1, 2048) for _ in range(200)]
+    world = make_world(
+        pages=200 * 2048 // PAGE_SIZE,
+        max_num_seqs=200,
+        max_num_batched_tokens=200 * 2048,
+        max_model_len=2048,
+        model=Silent(),
+    )
+    for name, length in enumerate(lengths):
+        answer = min(16, max(1, length - 1))
+        world.engine.add(request(str(name), max(1, length - answer), start=name, max_tokens=answer))
+    held, places = 0, 0
+    while world.engine.has_work:
+        world.engine.step()
+        held += world.engine.usage.tokens_held
+        places += world.engine.usage.pages_in_use * PAGE_SIZE
+    assert world.engine.preemptions == 0 and len(lengths) * 16 * 500 < held < places
+    assert 1 - held / places < 0.04
+    world.check_idle()
+
+
+def test_a_lost_page_is_noticed() -> None:
+    """Guards against an engine that goes on while its cache leaks."""
+    world = make_world()
+    world.engine.add(request("a", 3, max_tokens=1))
+    world.manager._pool.take(1)
+    with pytest.raises(AssertionError, match="in use by nobody"):
+        world.engine.step()
 
 
 def test_stops() -> None:

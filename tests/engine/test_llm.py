@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from foveal.engine import llm as llm_module
 from foveal.engine.llm import LLM
@@ -13,6 +14,7 @@ from foveal.engine.params import SamplingParams
 
 from .fakes import EOS, VOCABULARY, ByteTokenizer, FakeModel, FakeStore, greedy_tokens
 
+PLAN = SimpleNamespace(page_bytes=1000, slot_bytes=0, window=None, has_slots=False)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=5)
 
 
@@ -30,12 +32,11 @@ class FakeDecoder(FakeModel):
 @pytest.fixture
 def decoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeDecoder:
     fake = FakeDecoder()
-    plan = SimpleNamespace(page_bytes=1000, slot_bytes=0, window=None, has_slots=False)
     monkeypatch.setattr(llm_module, "resolve_model", lambda name: tmp_path)
     monkeypatch.setattr(llm_module, "load_model", lambda path, **options: fake)
     monkeypatch.setattr(llm_module, "load_tokenizer", lambda path: ByteTokenizer())
     monkeypatch.setattr(llm_module, "generation_defaults", lambda path: {})
-    monkeypatch.setattr(llm_module, "plan_cache", lambda *settings: plan)
+    monkeypatch.setattr(llm_module, "plan_cache", lambda *settings: PLAN)
     monkeypatch.setattr(llm_module, "CacheStore", lambda plan, pages, slots, device: FakeStore(pages, slots))
     return fake
 
@@ -129,6 +130,46 @@ def test_end_tokens_of_both_config_files(decoder: FakeDecoder, monkeypatch: pyte
         defaults = json.loads(json.dumps({"eos_token_id": eos}))
         monkeypatch.setattr(llm_module, "generation_defaults", lambda path, found=defaults: found)
         assert len(LLM("fake").generate("a", GREEDY)[0].outputs[0].token_ids) == count
+
+
+def test_options_arrive(decoder: FakeDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against an option that is taken and dropped, and against torch's name of fp8."""
+    options: dict[str, Any] = {}
+    formats: list[tuple[str, ...]] = []
+
+    def load_model(path: Path, **given: Any) -> FakeDecoder:
+        options.update(given)
+        return decoder
+
+    def plan_cache(config: Any, dtype: Any, *given: str) -> SimpleNamespace:
+        formats.append(given)
+        return PLAN
+
+    monkeypatch.setattr(llm_module, "load_model", load_model)
+    monkeypatch.setattr(llm_module, "plan_cache", plan_cache)
+    mine = ByteTokenizer()
+    fp8 = torch.float8_e4m3fn
+    llm = LLM("fake", mla_form="absorbed", kv_cache_dtype=fp8, index_dtype=fp8, tokenizer=mine, device="cpu")
+    assert options == {"dtype": "auto", "device": "cpu", "index_dtype": "fp8", "mla_form": "absorbed"}
+    assert formats == [("fp8", "fp8")] and llm.tokenizer is mine
+    LLM("fake", kv_cache_dtype=torch.bfloat16)
+    assert formats[1] == ("bfloat16", "auto")
+
+
+def test_prompt_logprobs_take_bounded_memory(decoder: FakeDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a long prompt whose logits are all there at once."""
+    monkeypatch.setattr(llm_module, "_PROMPT_LOGIT_BYTES", 4 * VOCABULARY * 10)
+    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+    (output,) = LLM("fake").generate("x" * 35, params)
+    assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 35
+    assert [len(batch.ids_T) for batch in decoder.batches] == [10, 10, 10, 5]
+
+
+def test_a_device_that_torch_does_not_know_is_refused(tmp_path: Path) -> None:
+    """Guards against torch's RuntimeError for a mistake of the user's."""
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="'gpu'"):
+        LLM(tmp_path, device="gpu", skip_tokenizer_init=True)
 
 
 def test_options_are_checked(decoder: FakeDecoder) -> None:

@@ -163,3 +163,21 @@ def test_logprobs_are_of_raw_logits() -> None:
             assert logprob.logprob == pytest.approx(float(want_LV[row, token]))
             assert logprob.decoded_token == str(token)
     assert [list(entry) for entry in Sampler().logprobs(logits_LV, tokens, 0)] == [[token] for token in tokens]
+
+
+def test_logprobs_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against rows that get lost between tiles, and against a copy of all rows."""
+    logits_LV, tokens = random_logits(300).bfloat16(), [row % V for row in range(300)]
+    want = Sampler().logprobs(logits_LV.float(), tokens, 3)
+    sizes: list[int] = []
+    log_softmax = Tensor.log_softmax
+
+    def watched(tile_LV: Tensor, **options: Any) -> Tensor:
+        sizes.append(len(tile_LV))
+        return log_softmax(tile_LV, **options)
+
+    monkeypatch.setattr(Tensor, "log_softmax", watched)
+    assert Sampler().logprobs(logits_LV, tokens, 3) == want
+    assert sizes == [128, 128, 44]
+    entries = Sampler().logprobs(logits_LV[200:201], tokens[200:201], 3)
+    assert entries == want[200:201]

@@ -25,7 +25,7 @@ def perform(plan: list[Chunk], manager: CacheManager) -> list[tuple[str, int, in
     for chunk in plan:
         caught_up = chunk.caught_up
         chunk.sequence.computed = chunk.end
-        manager.commit(chunk.sequence.key, chunk.sequence.tokens[: chunk.end])
+        manager.commit(chunk.sequence.key, chunk.sequence.tokens, chunk.end)
         if caught_up:
             chunk.sequence.tokens.append(0)
     return [(chunk.sequence.request.id, chunk.start, chunk.count) for chunk in plan]
@@ -74,10 +74,10 @@ def test_one_that_does_not_fit_is_asked_again_only_when_pages_come_free() -> Non
     asked = 0
     admit = manager.admit
 
-    def counted(*args: object) -> int:
+    def counted(*args: object, **options: bool) -> int:
         nonlocal asked
         asked += 1
-        return admit(*args)  # type: ignore[arg-type]
+        return admit(*args, **options)  # type: ignore[arg-type]
 
     manager.admit = counted  # type: ignore[method-assign, assignment]
     for _ in range(5):
@@ -87,8 +87,23 @@ def test_one_that_does_not_fit_is_asked_again_only_when_pages_come_free() -> Non
     assert perform(scheduler.schedule(), manager) == [("b", 0, 2 * PAGE_SIZE)]
 
 
+def test_prompt_rows_are_limited_in_all() -> None:
+    """Guards against a step whose rows of logits take more memory than they may, for one prompt or for several, and
+    against a limit for prompts that want no rows."""
+    manager = CacheManager(101)
+    scheduler = Scheduler(manager, max_num_seqs=4, max_num_batched_tokens=100, max_prompt_rows=30)
+    for name, wanted in (("a", 0), ("b", 0), ("c", None), ("d", 0)):
+        one = request(name, 40, start=ord(name), prompt_logprobs=wanted)
+        scheduler.add(SequenceState(one, 0, list(one.prompt_ids), torch.Generator()))
+    assert perform(scheduler.schedule(), manager) == [("a", 0, 30)]
+    assert perform(scheduler.schedule(), manager) == [("a", 30, 10), ("b", 0, 20), ("c", 0, 40)]
+    assert scheduler.waiting[0].request.id == "d"
+
+
 def test_limits_are_checked() -> None:
     """Guards against a scheduler that can never hand out a token."""
     for seats, budget in ((0, 1), (1, 0)):
         with pytest.raises(ValueError, match="must be at least 1, not 0"):
             make(seats=seats, budget=budget)
+    with pytest.raises(ValueError, match="max_prompt_rows"):
+        Scheduler(CacheManager(2), max_num_seqs=1, max_num_batched_tokens=1, max_prompt_rows=0)

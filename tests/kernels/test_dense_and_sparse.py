@@ -39,18 +39,18 @@ def test_attention(case: str, paged: bool, window: int | None, dtype: torch.dtyp
     close(result, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
-def test_masked_attention(case: str) -> None:
-    """The masked form seeing a key that was not selected, or one that lies in the future."""
+def test_masked_attention(case: str, dtype: torch.dtype) -> None:
+    """The masked form seeing a key that was not selected or lies in the future; values narrower than keys."""
     counts, lengths = CASES[case]
     queries, selection = make_queries(counts, lengths), random_selection(counts, lengths, 6)
-    q, k, v = (
-        torch.randn(n, 3, p, dtype=torch.float64) for n, p in ((sum(counts), 8), (sum(lengths), 8), (sum(lengths), 5))
-    )
-    keys, values = (source(list(x.split(lengths)), False) for x in (k, v))
+    q, k, v = (torch.randn(n, 3, p).to(dtype) for n, p in ((sum(counts), 8), (sum(lengths), 8), (sum(lengths), 5)))
     arguments = {"scale": 0.3, "selection_TK": selection}
+    keys, values = (source(list(x.split(lengths)), True) for x in (k, v))
     result = attention(q, keys, values, queries, **arguments)
-    close(result, attention(q, keys, values, queries, **arguments, version="reference"))
+    keys, values = (source(list(x.double().split(lengths)), False) for x in (k, v))
+    close(result, attention(q.double(), keys, values, queries, **arguments, version="reference"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

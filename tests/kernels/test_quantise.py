@@ -5,21 +5,12 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from transcription import act_quant, every_e4m3, fp8_index_vectors, hadamard_matrix
 
 from foveal.cache.layouts import IndexKeyLayout, LatentLayout
 from foveal.kernels import Contexts, KeySource, Queries, hadamard, quantise_e4m3, select
 from foveal.kernels.quantise import e4m3_to_float32, power_of_two_scale
 from foveal.kernels.records import quantise_index
-
-
-def every_e4m3() -> list[float]:
-    """All finite e4m3 values, from the definition: sign, 4 exponent bits with bias 7, 3 mantissa bits."""
-    values = []
-    for code in range(256):
-        exponent, mantissa = (code >> 3) & 15, code & 7
-        size = mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10)
-        values.append(-size if code & 128 else size)
-    return values
 
 
 def test_e4m3_decoding_is_exact() -> None:
@@ -29,19 +20,6 @@ def test_e4m3_decoding_is_exact() -> None:
     assert e4m3_to_float32(codes).tolist() == expected
 
 
-def transcribed(x: Tensor) -> tuple[Tensor, float]:
-    """`act_quant` of one vector in float64: nearest e4m3 (ties to even) of x / s, s = 2^ceil(log2(amax / 448))."""
-    scale = 2.0 ** math.ceil(math.log2(max(x.abs().max().item(), 1e-4) / 448))
-    positive = torch.tensor([v for code, v in enumerate(every_e4m3()) if code < 127], dtype=torch.float64)
-    size = (x.double() / scale).abs().clamp_max(448)
-    upper = torch.searchsorted(positive, size).clamp(1, 126)
-    below, above = positive[upper - 1], positive[upper]
-    nearest = torch.where(size - below < above - size, upper - 1, upper)
-    tied = (size - below == above - size) & (upper % 2 == 1)
-    nearest = torch.where(tied, upper - 1, nearest)
-    return positive[nearest] * x.sign() * scale, scale
-
-
 @pytest.mark.parametrize("size", [1e-7, 1.0, 300.0, 1e4])
 def test_quantise_e4m3(size: float) -> None:
     """The scale rounded down (overflow to NaN), the floor on amax lost, or a value rounded the wrong way."""
@@ -49,7 +27,7 @@ def test_quantise_e4m3(size: float) -> None:
     values, scales = quantise_e4m3(x, block=64)
     decoded = values.double() * scales
     for row in range(20):
-        expected, scale = transcribed(x[row])
+        expected, scale = act_quant(x[row])
         assert scales[row].item() == scale
         assert torch.equal(decoded[row], expected)
 
@@ -63,11 +41,18 @@ def test_scale_at_exact_powers() -> None:
 def test_hadamard() -> None:
     """A transform that is not orthonormal, or not the Sylvester order."""
     x = torch.randn(5, 32, dtype=torch.float64)
-    signs = [[(-1) ** bin(i & j).count("1") for j in range(32)] for i in range(32)]
-    matrix = torch.tensor(signs, dtype=torch.float64) / math.sqrt(32)
-    assert torch.allclose(hadamard(x), x @ matrix)
+    assert torch.allclose(hadamard(x), x @ hadamard_matrix(32))
     with pytest.raises(ValueError, match="power-of-two dimension, not 48"):
         hadamard(torch.randn(2, 48))
+
+
+def test_hadamard_after_inference() -> None:
+    """The cached matrix being made in inference mode, which forbids gradients to all who use it later."""
+    with torch.inference_mode():
+        hadamard(torch.randn(2, 256))
+    x = torch.randn(2, 256, requires_grad=True)
+    hadamard(x).square().sum().backward()
+    assert x.grad is not None
 
 
 def paged(length: int) -> tuple[Tensor, Contexts]:
@@ -78,7 +63,7 @@ def paged(length: int) -> tuple[Tensor, Contexts]:
 
 
 @pytest.mark.parametrize("consecutive", [True, False])
-def test_fp8_selection_equals_the_transcription(consecutive: bool) -> None:
+def test_fp8_selection_equals_the_transcription(consecutive: bool, capsys: pytest.CaptureFixture[str]) -> None:
     """Any slip in hadamard -> e4m3 -> page layout -> scores -> selection; prints the overlap with unquantised."""
     heads, dim, length, count, topk = 16, 64, 300, 40, 32
     q, k, weights = torch.randn(count, heads, dim), torch.randn(length, dim), torch.randn(count, heads)
@@ -90,14 +75,11 @@ def test_fp8_selection_equals_the_transcription(consecutive: bool) -> None:
     values, scale = quantise_index(q)
     selected = select(values.float(), weights * scale, KeySource(layout.records, contexts), queries, topk=topk)
 
-    signs = [[(-1) ** bin(i & j).count("1") for j in range(dim)] for i in range(dim)]
-    turn = torch.tensor(signs, dtype=torch.float64) / math.sqrt(dim)
-    keys = torch.stack([transcribed((row.double() @ turn).float())[0] for row in k])
+    turned, keys = fp8_index_vectors(q), fp8_index_vectors(k)
     overlap = 0
     for t in range(count):
         seen = length - count + t + 1
-        turned = torch.stack([transcribed((row.double() @ turn).float())[0] for row in q[t]])
-        scores = weights[t].double() @ torch.relu(turned @ keys[:seen].T)
+        scores = weights[t].double() @ torch.relu(turned[t] @ keys[:seen].T)
         expected = scores.topk(topk)
         missed = set(selected[t].tolist()) ^ set(expected.indices.tolist())
         # float32 accumulation may swap neighbours at the threshold, nothing else.
@@ -105,7 +87,8 @@ def test_fp8_selection_equals_the_transcription(consecutive: bool) -> None:
         plain = weights[t] @ torch.relu(q[t] @ k[:seen].T)
         overlap += len(set(selected[t].tolist()) & set(plain.topk(topk).indices.tolist()))
     share = overlap / (count * topk)
-    print(f"fp8 selection: {share:.3f} of the unquantised selection")
+    with capsys.disabled():
+        print(f" [fp8 selection: {share:.1%} of the unquantised one]", end="")
     assert share > 0.9
 
 
@@ -118,6 +101,6 @@ def test_latent_record() -> None:
     layout.write(rows, latent)
     read = KeySource(layout.records, contexts).context(0, 0, 100)
     for row in (0, 63, 99):
-        first, second = transcribed(latent[row, :128])[0], transcribed(latent[row, 128:200])[0]
+        first, second = act_quant(latent[row, :128])[0], act_quant(latent[row, 128:200])[0]
         assert torch.equal(read[row, :200].double(), torch.cat((first, second)))
     assert torch.equal(read[:, 200:], latent[:, 200:].bfloat16().float())

@@ -143,6 +143,14 @@ def test_a_gguf_model_gives_the_logits_of_its_original(tmp_path: Path) -> None:
     assert torch.equal(load_model(path, dtype="float32")(ids_SN), load_model(tmp_path)(ids_SN))
 
 
+def test_every_end_token_counts(tmp_path: Path) -> None:
+    """Guards against a chat model that goes on after its turn: Llama 3 ends turns with another token than texts."""
+    original = hugging_face("llama", tmp_path)
+    ends = {f"tokenizer.ggml.{name}_token_id": token for name, token in (("eos", 2), ("eot", 5), ("eom", 2))}
+    assert open_gguf(write_gguf(tmp_path / "three.gguf", "llama", original, **ends)).config.eos_token_ids == (2, 5)
+    assert open_gguf(write_gguf(tmp_path / "none.gguf", "llama", original)).config.eos_token_ids == ()
+
+
 def test_quantised_tensors_are_dequantised(tmp_path: Path) -> None:
     """Guards against quantised bytes read in the wrong shape, or permuted before they are dequantised."""
     original = hugging_face("llama", tmp_path)
@@ -225,6 +233,8 @@ def test_other_rope_divisors_are_refused(tmp_path: Path) -> None:
         ({"attention.head_count_kv": [2, 2, 1]}, "'llama.attention.head_count_kv' by layer is not supported"),
         ({"context_length": None}, "lacks 'llama.context_length'"),
         ({"split.count": 3}, "one of 3 parts"),
+        ({"attention.head_count": 0}, "'llama.attention.head_count' must be a number above 0, not 0"),
+        ({"block_count": "many"}, "'llama.block_count' must be a number above 0, not 'many'"),
     ],
 )
 def test_unsupported_metadata_is_named(metadata: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ import pytest
 import torch
 import transformers
 
+from foveal.cache.store import plan_cache
 from foveal.models.load import generation_defaults, load_model, open_checkpoint
+from foveal.nn.mla import MLA
 
 from ..oracle import make_oracle
 
@@ -75,12 +77,35 @@ def test_parameters_that_stay_float32_do(tmp_path: Path) -> None:
         ({"device": "warp"}, "device 'warp' is not one that torch knows"),
         ({"device": "meta"}, "device 'meta' is not supported"),
         ({"index_dtype": "int3"}, "index_dtype must be one of .*'int3'"),
+        ({"index_dtype": torch.int8}, "index_dtype must be one of .*'int8'"),
+        ({"index_dtype": "fp8"}, "index_dtype 'fp8' is for index keys, which llama does not have"),
+        ({"mla_form": "folded"}, "mla_form must be one of .*'folded'"),
+        ({"mla_form": "absorbed"}, "mla_form 'absorbed' is for latent attention, which llama does not have"),
     ],
 )
 def test_unknown_settings_are_named(llama: Path, settings: dict[str, Any], message: str) -> None:
     """Guards against a setting that is ignored, or fails deep inside torch."""
     with pytest.raises(ValueError, match=message):
         load_model(llama, **settings)
+
+
+@pytest.mark.parametrize(
+    ("index_dtype", "stored"),
+    [
+        ("auto", torch.float32),
+        ("bf16", torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float32),
+        (torch.float8_e4m3fn, "fp8"),
+    ],
+)
+def test_sparse_attention_settings_arrive(index_dtype: str | torch.dtype, stored: object, tmp_path: Path) -> None:
+    """Guards against index keys or a form of attention other than asked for, and against torch dtypes being refused."""
+    make_oracle("deepseek_v32", tmp_path)
+    model = load_model(tmp_path, index_dtype=index_dtype, mla_form="absorbed")
+    plan = plan_cache(model.config, model.options.dtype, index_dtype=model.options.index_dtype)
+    assert plan.index_dtype == stored
+    assert {module.form for module in model.modules() if isinstance(module, MLA)} == {"absorbed"}
 
 
 def test_an_unknown_dtype_in_the_config_is_named(llama: Path) -> None:

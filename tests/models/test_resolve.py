@@ -12,6 +12,7 @@ import pytest
 from foveal.models import resolve
 from foveal.models.resolve import cache_dir, resolve_model
 
+SHA = "0123456789abcdef0123456789abcdef01234567"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -35,13 +36,16 @@ class Hub:
         self.asked.append(f"info {name}")
         if self.remote is None:
             raise ConnectionError("Name or service not known\nmore")
-        return SimpleNamespace(sha="abc")
+        return SimpleNamespace(sha=SHA)
 
-    def _download(self, name: str, *, local_files_only: bool = False, **_: Any) -> str:
+    def _download(self, name: str, *, revision: str = "main", local_files_only: bool = False, **_: Any) -> str:
+        """As the real one, which notes in its cache what a branch is, and nothing for a commit."""
         self.asked.append(f"{'local' if local_files_only else 'download'} {name}")
         found = self.local if local_files_only else self.remote
         if found is None:
             raise FileNotFoundError(name)
+        if revision != SHA:
+            self.local = found
         return str(found)
 
 
@@ -92,6 +96,25 @@ def test_a_hub_id_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     hub = Hub(monkeypatch, local=None, remote=model_directory(tmp_path / "snapshot"))
     assert resolve_model("owner/name") == tmp_path / "snapshot"
     assert hub.asked == ["local owner/name", "info owner/name", "download owner/name"]
+
+
+def test_what_was_downloaded_is_found_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a download that the next, offline run does not find again."""
+    hub = Hub(monkeypatch, local=None, remote=model_directory(tmp_path / "snapshot"))
+    resolve_model("owner/name")
+    hub.remote = None
+    assert resolve_model("owner/name") == tmp_path / "snapshot"
+
+
+def test_the_cache_of_the_hub_library_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against another layout of huggingface_hub's cache than the one that its downloads by branch leave."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = model_directory(tmp_path / "models--owner--name" / "snapshots" / SHA)
+    with pytest.raises(ValueError, match="cannot get owner/name"):
+        resolve_model("owner/name")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(SHA)
+    assert resolve_model("owner/name") == snapshot
 
 
 def test_an_unreachable_hub_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

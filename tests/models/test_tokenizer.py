@@ -100,7 +100,7 @@ def write_gguf(path: Path, tokenizer: Tokenizer, **fields: Any) -> Path:
     if fields["model"] == "gpt2":
         writer.add_token_merges([" ".join(pair) for pair in raw["merges"]])
     for key, value in fields.items():
-        {str: writer.add_string, bool: writer.add_bool, list: writer.add_array}[type(value)](
+        {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, list: writer.add_array}[type(value)](
             f"tokenizer.ggml.{key}" if key != "chat_template" else "tokenizer.chat_template", value
         )
     writer.write_header_to_file()
@@ -171,6 +171,16 @@ def test_unknown_gguf_tokenizers_are_named(fields: dict[str, str], message: str,
     """Guards against text quietly cut as GPT-2 cuts it, which gives other tokens."""
     path = write_gguf(tmp_path / "model.gguf", byte_level("gpt-2"), **fields)
     with pytest.raises(ValueError, match=message):
+        load_tokenizer(path)
+
+
+def test_damaged_gguf_tokenizers_are_named(tmp_path: Path) -> None:
+    """Guards against a KeyError or an IndexError where the file lacks a part, or names a token that is not there."""
+    path = write_gguf(tmp_path / "scores.gguf", byte_level("gpt-2"), model="llama")
+    with pytest.raises(ValueError, match=r"lacks 'tokenizer\.ggml\.scores'"):
+        load_tokenizer(path)
+    path = write_gguf(tmp_path / "bos.gguf", byte_level("gpt-2"), model="gpt2", pre="gpt-2", bos_token_id=10**6)
+    with pytest.raises(ValueError, match=r"'tokenizer\.ggml\.bos_token_id' = 1000000 is not one of"):
         load_tokenizer(path)
 
 

@@ -40,6 +40,10 @@ MLA = LLAMA | {
     "moe_intermediate_size": 4,
     "n_routed_experts": 2,
     "num_experts_per_tok": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 0,
+    "first_k_dense_replace": 0,
 }
 FP8 = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [3, 5]}}
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -153,9 +157,9 @@ def test_unfit_quantised_weights_are_refused(
 def test_rotary_buffers_are_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Guards against old checkpoints that keep inv_freq being refused."""
     buffers = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(1) for layer in range(2)}
-    with caplog.at_level(logging.INFO, "foveal"):
-        load(write(tmp_path, LLAMA, random_weights(LLAMA) | buffers))
-    assert [record.getMessage() for record in caplog.records] == ["skipped 2 rotary buffers: they are computed"]
+    load(write(tmp_path, LLAMA, random_weights(LLAMA) | buffers))
+    lines = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert lines == ["skipped 2 rotary buffers: they are computed"]
 
 
 @pytest.mark.parametrize("declared", [{}, {"num_nextn_predict_layers": 1}])
@@ -171,6 +175,14 @@ def test_prediction_layers_are_skipped_with_one_line(
     load(write(tmp_path, MLA | declared, random_weights(MLA) | extra))
     lines = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert lines == ["skipped 3 tensors of multi-token-prediction layers: they are not used"]
+
+
+def test_an_ordinary_layer_is_no_prediction_layer(tmp_path: Path) -> None:
+    """Guards against a lowered num_hidden_layers that makes a DeepSeek-V3 of fewer layers out of a whole one."""
+    stored = random_weights(MLA | {"num_hidden_layers": 3}) | {"model.layers.3.eh_proj.weight": torch.ones(8, 16)}
+    with pytest.raises(ValueError, match=r"unexpected: model\.layers\.2\.") as caught:
+        load(write(tmp_path, MLA, stored))
+    assert "model.layers.3." not in str(caught.value)
 
 
 def test_layers_beyond_the_config_are_refused_elsewhere(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ class PlainLayout:
     """Values as they are, [B, 64, ...]: keys and values by head, unquantised latents and index keys."""
 
     def __init__(self, pages: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> None:
-        self.pages = torch.zeros(pages, PAGE_SIZE, *shape, dtype=dtype, device=device)
+        self.pages = _allocate((pages, PAGE_SIZE, *shape), dtype, device)
         self._rows = self.pages.flatten(0, 1)
         self.records: Records = Rows(self._rows)
 
@@ -45,9 +45,7 @@ class LatentLayout:
     """Latent and rope key of MLA as the fp8 record (656 bytes a token for DeepSeek-V3)."""
 
     def __init__(self, pages: int, rank: int, rope_dim: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        self.pages = torch.zeros(
-            pages, PAGE_SIZE, latent_bytes(rank, rope_dim, "fp8"), dtype=torch.uint8, device=device
-        )
+        self.pages = _allocate((pages, PAGE_SIZE, latent_bytes(rank, rope_dim, "fp8")), torch.uint8, device)
         self.records = LatentRecords(self.pages.flatten(0, 1), rank, dtype)
 
     def write(self, rows_T: Tensor, values_TX: Tensor) -> None:
@@ -59,8 +57,7 @@ class IndexKeyLayout:
     """Index keys as fp8 with a scale each (132 bytes a token for DeepSeek-V3.2)."""
 
     def __init__(self, pages: int, head_dim: int, device: torch.device | str) -> None:
-        page_bytes = PAGE_SIZE * index_key_bytes(head_dim, "fp8")
-        self.pages = torch.zeros(pages, page_bytes, dtype=torch.uint8, device=device)
+        self.pages = _allocate((pages, PAGE_SIZE * index_key_bytes(head_dim, "fp8")), torch.uint8, device)
         self.records = IndexKeyRecords(self.pages, head_dim)
 
     def write(self, rows_T: Tensor, values_TX: Tensor) -> None:
@@ -72,7 +69,7 @@ class StateLayout:
     """The recurrent states of one layer: tensors of any shapes and dtypes for each slot."""
 
     def __init__(self, slots: int, states: Sequence[tuple[tuple[int, ...], torch.dtype]], device: torch.device | str):
-        self.states = [torch.zeros(slots, *shape, dtype=dtype, device=device) for shape, dtype in states]
+        self.states = [_allocate((slots, *shape), dtype, device) for shape, dtype in states]
 
     def read(self, slots: Sequence[int], fresh: Sequence[bool]) -> list[Tensor]:
         """Copies of the states in some slots, [S, ...] each; zeros where fresh."""
@@ -105,3 +102,11 @@ class BlockCache:
     def paged(self) -> list[PagedLayout]:
         """All its paged layouts."""
         return [part for part in (self.keys, self.values, self.latent, self.index) if part is not None]
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Memory for a number of pages or slots, of which only the null one (number 0) is set, to zeros: what nobody has
+    written is never read, and memory that is not touched costs nothing."""
+    memory = torch.empty(shape, dtype=dtype, device=device)
+    memory[:1] = 0
+    return memory

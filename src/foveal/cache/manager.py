@@ -31,8 +31,8 @@ class CacheUsage:
     waste: float
     """Share, 0 to 1, of the token places in pages in use that hold no token; a shared page counts once."""
     prefix_query_tokens: int
-    """Tokens that sequences came with, where prefix caching is on. Counted when the sequence first commits, so that one
-    that is admitted and turned away again for lack of room counts nothing."""
+    """Tokens that reusable sequences came with, where prefix caching is on. Counted when the sequence first commits, so
+    that one that is admitted and turned away again for lack of room counts nothing."""
     prefix_hit_tokens: int
     """Those of them that were found in the cache."""
 
@@ -92,15 +92,16 @@ class CacheManager:
         """Whether `admit` may be called: there is a slot for another sequence, or none is needed."""
         return self._slots is None or self._slots.free > 0
 
-    def admit(self, key: Hashable, tokens: Sequence[int], salt: Hashable = None) -> int:
+    def admit(self, key: Hashable, tokens: Sequence[int], salt: Hashable = None, *, reusable: bool = True) -> int:
         """Begin a sequence; returns how many of its first tokens are already cached.
 
         These are whole pages, and at most len(tokens) - 1 tokens: the last token must be computed to know what follows.
-        Sequences find each other's pages only under the same salt. Its pages stay its own until `free`.
+        Sequences find each other's pages only under the same salt; reusable=False: this one finds none, and none finds
+        its. Its pages stay its own until `free`.
         """
         assert key not in self._sequences, f"sequence {key!r} is already there"
         slot = self._slots.take() if self._slots else None
-        if not self._prefix_caching:
+        if not (self._prefix_caching and reusable):
             self._sequences[key] = _Sequence(table=[], node=None, computed=0, slot=slot)
             return 0
         root = self._index.root(salt)
@@ -122,19 +123,20 @@ class CacheManager:
         table += self._pool.take(missing, after=table[-1] if table else 0)
         return True
 
-    def commit(self, key: Hashable, tokens: Sequence[int]) -> None:
-        """The sequence's first len(tokens) tokens, `tokens`, are computed.
+    def commit(self, key: Hashable, tokens: Sequence[int], computed: int) -> None:
+        """The first `computed` of the sequence's tokens are computed; `tokens` are these and maybe more.
 
         Pages that are now full can be hit, unless another page holds the same prefix already. Pages that the window has
         passed are released. The time is that of the new pages, not of the length.
         """
         sequence = self._sequences[key]
-        assert sequence.computed <= len(tokens) <= len(sequence.table) * PAGE_SIZE, (sequence.computed, len(tokens))
+        assert computed <= len(tokens), (computed, len(tokens))
+        assert sequence.computed <= computed <= len(sequence.table) * PAGE_SIZE, (sequence.computed, computed)
         if sequence.node is not None:
-            for number in range(sequence.full_pages, len(tokens) // PAGE_SIZE):
+            for number in range(sequence.full_pages, computed // PAGE_SIZE):
                 labels = page_tokens(tokens, number)
                 sequence.node = self._index.insert(sequence.node, labels, sequence.table[number])
-        sequence.computed = len(tokens)
+        sequence.computed = computed
         self._slide(sequence)
         self._count(sequence)
 
@@ -176,6 +178,11 @@ class CacheManager:
         return self._sequences[key].slot
 
     @property
+    def available(self) -> int:
+        """Pages that `reserve` can give: free ones and cached ones."""
+        return self._pool.available
+
+    @property
     def usage(self) -> CacheUsage:
         """How full the cache is now."""
         places = self._pool.in_use * PAGE_SIZE
@@ -192,9 +199,18 @@ class CacheManager:
             prefix_hit_tokens=self._hit,
         )
 
+    def check_counts(self) -> None:
+        """AssertionError unless in use + cached + free is all pages, and without sequences nothing is in use: from the
+        counts alone, so that it can run at any time."""
+        self._pool.check_counts()
+        if not self._sequences:
+            assert not self._pool.in_use, f"{self._pool.in_use} pages are in use by nobody"
+            assert not self._slots or self._slots.free == self._slots.total, "a slot is in use by nobody"
+
     def check(self) -> None:
         """AssertionError unless every page is in use, cached or free, the owners counted are those in the tables, the
         index knows each page by the prefix that its sequence has there, and every slot is free or has one owner."""
+        self.check_counts()
         sequences = self._sequences.values()
         self._index.check()
         self._pool.check(Counter(page for sequence in sequences for page in sequence.table[sequence.released :]))

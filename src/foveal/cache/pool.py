@@ -20,6 +20,7 @@ class BlockPool:
         # Taken from the end, so the first pages go first. A dict is a stack that also gives up any element in O(1).
         self._free = dict.fromkeys(range(pages - 1, 0, -1))
         self._cached = OrderedDict[int, None]()
+        self._in_use = 0
 
     @property
     def pages(self) -> int:
@@ -39,7 +40,7 @@ class BlockPool:
     @property
     def in_use(self) -> int:
         """Pages with owners."""
-        return self.pages - self.free - self.cached
+        return self._in_use
 
     @property
     def available(self) -> int:
@@ -64,6 +65,7 @@ class BlockPool:
         for page in pages:
             assert page in self._cached or self._owners[page] > 0, f"page {page} holds nothing to share"
             self._cached.pop(page, None)
+            self._in_use += not self._owners[page]
             self._owners[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
@@ -72,13 +74,20 @@ class BlockPool:
             assert self._owners[page] > 0, f"page {page} has no owner"
             self._owners[page] -= 1
             if not self._owners[page]:
+                self._in_use -= 1
                 (self._cached if page in self._index else self._free)[page] = None
+
+    def check_counts(self) -> None:
+        """AssertionError unless in use + cached + free is all pages; the time does not depend on their number."""
+        assert self.in_use + self.cached + self.free == self.pages, (self.in_use, self.cached, self.free, self.pages)
 
     def check(self, owners: Mapping[int, int]) -> None:
         """AssertionError unless the owners of each page are as many as `owners` says, every page but the null page is
         in use, cached or free, and cached pages are indexed and free ones are not."""
+        self.check_counts()
         in_use = {page: count for page, count in enumerate(self._owners) if count}
         assert in_use == dict(owners), (in_use, owners)
+        assert len(in_use) == self.in_use, (in_use, self.in_use)
         everywhere = sorted([*in_use, *self._cached, *self._free])
         assert everywhere == list(range(1, self.pages + 1)), everywhere
         assert all(page in self._index for page in self._cached), self._cached
@@ -94,4 +103,5 @@ class BlockPool:
             page, _ = self._cached.popitem(last=False)
             self._index.remove(page)
         self._owners[page] = 1
+        self._in_use += 1
         return page

@@ -11,6 +11,11 @@ class SlotPool:
         self._free = list(range(slots - 1, 0, -1))
 
     @property
+    def total(self) -> int:
+        """All slots but the null slot."""
+        return self._slots - 1
+
+    @property
     def free(self) -> int:
         """Slots that nobody owns."""
         return len(self._free)

@@ -16,6 +16,7 @@ def chat(
     dtype: options.Dtype = "auto",
     index_dtype: options.IndexDtype = "auto",
     kv_cache_dtype: options.KVCacheDtype = "auto",
+    mla_form: options.MLAForm = "auto",
 ) -> None:
     """Talk with MODEL. /reset forgets what was said, /exit or the end of input ends."""
     from foveal import SamplingParams
@@ -23,7 +24,8 @@ def chat(
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop
     )
-    llm = session.load(model, dtype, index_dtype, kv_cache_dtype)
+    precision = {"dtype": dtype, "index_dtype": index_dtype, "kv_cache_dtype": kv_cache_dtype, "mla_form": mla_form}
+    llm = session.load(model, precision)
     messages: list[dict[str, str]] = []
     while (line := _next_line()) is not None:
         if line == "/exit":

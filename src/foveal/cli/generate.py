@@ -34,6 +34,7 @@ def generate(
     dtype: options.Dtype = "auto",
     index_dtype: options.IndexDtype = "auto",
     kv_cache_dtype: options.KVCacheDtype = "auto",
+    mla_form: options.MLAForm = "auto",
 ) -> None:
     """Write what MODEL makes of PROMPT, token by token."""
     text = _prompt_text(prompt, file)
@@ -42,8 +43,17 @@ def generate(
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop
     )
-    llm = session.load(model, dtype, index_dtype, kv_cache_dtype)
-    stream = llm.stream(llm.chat_prompt([{"role": "user", "content": text}]) if chat else text, params)
+    messages = [{"role": "user", "content": text}]
+
+    def length(tokenizer: Any) -> int:
+        from foveal.engine.llm import chat_prompt
+
+        ids = chat_prompt(tokenizer, messages)["prompt_token_ids"] if chat else tokenizer.encode(text)
+        return len(ids) + max_tokens
+
+    precision = {"dtype": dtype, "index_dtype": index_dtype, "kv_cache_dtype": kv_cache_dtype, "mla_form": mla_form}
+    llm = session.load(model, precision, length)
+    stream = llm.stream(llm.chat_prompt(messages) if chat else text, params)
     if as_json:
         print(json.dumps({"model": model, **_measured(text, stream)}, ensure_ascii=False))
     else:

@@ -5,7 +5,7 @@ Exit codes: 0 done, 2 a mistake in what was asked (usage, a missing file, a valu
 
 import logging
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +22,10 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("doctor")(doctor.doctor)
+
+
+# The base of all that is wrong with a command line, which typer does not export.
+_UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 def _print_version(wanted: bool) -> None:
@@ -43,13 +47,29 @@ def main() -> None:
     """Run the command line; every mistake of the user's ends as one line on standard error and exit code 2."""
     logging.basicConfig(format="foveal: %(message)s")  # to standard error
     try:
-        app()
-    except (ValueError, OSError) as error:
-        print(f"foveal: {_in_one_line(error)}", file=sys.stderr)
+        sys.exit(app(standalone_mode=False))
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as error:
+        if not _is_mistake(error):
+            raise
+        # Without arguments the help has been printed, and there is nothing to add.
+        if line := _in_one_line(error):
+            print(f"foveal: {line}", file=sys.stderr)
         sys.exit(2)
 
 
-def _in_one_line(error: ValueError | OSError) -> str:
+def _is_mistake(error: Exception) -> bool:
+    """Whether what was asked, or a file, is wrong; anything else is our own bug and deserves its traceback."""
+    jinja2 = sys.modules.get("jinja2")  # loaded once a model's chat template has been read
+    return isinstance(error, ValueError | OSError | _UsageError) or (
+        jinja2 is not None and isinstance(error, jinja2.TemplateError)
+    )
+
+
+def _in_one_line(error: Exception) -> str:
+    if isinstance(error, _UsageError):
+        return " ".join(error.format_message().split())
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__

@@ -28,4 +28,10 @@ IndexDtype = Annotated[
 KVCacheDtype = Annotated[
     str, typer.Option("--kv-cache-dtype", help="How latents are cached: auto, bf16 or fp8.", rich_help_panel=_PRECISION)
 ]
+MLAForm = Annotated[
+    str,
+    typer.Option(
+        "--mla-form", help="How latents are attended to: auto, expanded or absorbed.", rich_help_panel=_PRECISION
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

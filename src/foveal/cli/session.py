@@ -1,18 +1,31 @@
 """What `generate` and `chat` share: loading a model, and writing an answer while it comes."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from foveal import LLM
     from foveal.engine import RequestOutput
 
 
-def load(model: str, dtype: str, index_dtype: str, kv_cache_dtype: str) -> "LLM":
-    """The model with its engine; progress goes to standard error."""
-    from foveal import LLM
+def load(model: str, precision: Mapping[str, Any], length: Callable[[Any], int] | None = None) -> "LLM":
+    """The model with its engine, for one sequence at a time; `precision` are options of `LLM`.
 
-    return LLM(model, dtype=dtype, index_dtype=index_dtype, kv_cache_dtype=kv_cache_dtype, max_num_seqs=1)
+    `length`: how many tokens the only request will have, given the tokenizer; the cache is made for no more than these.
+    """
+    from foveal import LLM
+    from foveal.cache import PAGE_SIZE
+    from foveal.models.load import open_checkpoint
+    from foveal.models.resolve import resolve_model
+    from foveal.models.tokenizer import load_tokenizer
+
+    path = resolve_model(model)
+    tokenizer = load_tokenizer(path)
+    longest = None
+    if length is not None:
+        pages = -(-length(tokenizer) // PAGE_SIZE)
+        longest = min(open_checkpoint(path).config.max_positions, pages * PAGE_SIZE)
+    return LLM(path, tokenizer=tokenizer, max_num_seqs=1, max_model_len=longest, **precision)
 
 
 def checked(stream: Iterator["RequestOutput"]) -> Iterator["RequestOutput"]:

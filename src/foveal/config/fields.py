@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # Fields that do not change what the model computes from token ids. A field that is in neither this list nor read by the
-# family is refused (unless it is empty): ignoring it could change results without a word.
+# family is refused, unless it is empty or known to be off: ignoring it could change results without a word.
 INERT = frozenset(
     [
         "architectures",
@@ -73,6 +73,8 @@ INERT = frozenset(
         "suppress_tokens",
         "begin_suppress_tokens",
         "attention_dropout",
+        "attention_probs_dropout_prob",
+        "classifier_dropout",
         "hidden_dropout",
         "resid_dropout",
         "embd_dropout",
@@ -105,6 +107,22 @@ INERT = frozenset(
         "calc_logits_for_entire_prompt",
     ]
 )
+# Switches that some configs turn off in families that never had them on. Turned on, they are refused; a bias that is
+# there all the same is found among the weights.
+OFF = frozenset(
+    [
+        "attention_bias",
+        "gradient_checkpointing",
+        "load_in_4bit",
+        "load_in_8bit",
+        "mlp_bias",
+        "rope_interleaved",
+        "use_bias",
+        "use_mrope",
+        "use_qk_norm",
+        "use_sliding_window",
+    ]
+)
 
 
 class Fields:
@@ -113,6 +131,10 @@ class Fields:
     def __init__(self, raw: Mapping[str, Any]) -> None:
         self.raw = dict(raw)
         self._read: set[str] = set()
+
+    def default(self, **values: Any) -> None:
+        """What the family's fields are where the config leaves them out (a null stays null)."""
+        self.raw = values | self.raw
 
     def get(self, name: str, default: Any = None) -> Any:
         """The field's value, or `default` where it is absent or null."""
@@ -127,12 +149,55 @@ class Fields:
             raise ValueError(f"config.json lacks '{name}', which a {self.family} model needs")
         return value
 
+    def need_or_null(self, name: str) -> Any:
+        """The field's value, None where it is null; ValueError where it is absent."""
+        return self.get(name) if name in self.raw else self.need(name)
+
     def positive(self, name: str, default: int | None = None) -> int:
         """A whole number above zero."""
         value = self.need(name) if default is None else self.get(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"config.json: '{name}' must be a whole number above 0, not {value!r}")
         return value
+
+    def positive_or_null(self, name: str) -> int | None:
+        """A whole number above zero; None where the field is absent or null."""
+        return None if self.get(name) is None else self.positive(name)
+
+    def whole(self, name: str, default: int) -> int:
+        """A whole number, not below zero."""
+        value = self.get(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"config.json: '{name}' must be a whole number, not {value!r}")
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        """A number."""
+        value = self.get(name, default)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ValueError(f"config.json: '{name}' must be a number, not {value!r}")
+        return float(value)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """True or False."""
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            raise ValueError(f"config.json: '{name}' must be true or false, not {value!r}")
+        return value
+
+    def mapping(self, name: str) -> dict[str, Any]:
+        """A dictionary; {} where the field is absent or null."""
+        value = self.get(name, {})
+        if not isinstance(value, dict):
+            raise ValueError(f"config.json: '{name}' must be an object, not {value!r}")
+        return dict(value)
+
+    def names(self, name: str) -> list[str]:
+        """A list of strings; [] where the field is absent or null."""
+        value = self.get(name, [])
+        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+            raise ValueError(f"config.json: '{name}' must be a list of strings, not {value!r}")
+        return list(value)
 
     def expect(self, name: str, *allowed: Any) -> None:
         """ValueError unless the field is absent, null or one of `allowed`."""
@@ -155,7 +220,10 @@ class Fields:
         unknown = sorted(
             name
             for name, value in self.raw.items()
-            if name not in self._read and name not in INERT and not name.startswith("_") and _says_something(value)
+            if name not in self._read
+            and name not in INERT
+            and not name.startswith("_")
+            and _says_something(name, value)
         )
         if unknown:
             named = ", ".join(f"'{name}' = {self.raw[name]!r}" for name in unknown)
@@ -165,5 +233,5 @@ class Fields:
             )
 
 
-def _says_something(value: Any) -> bool:
-    return value not in (None, False, "", [], {}, 0)
+def _says_something(name: str, value: Any) -> bool:
+    return value not in (None, "", [], {}) and not (value is False and name in OFF)

@@ -36,7 +36,7 @@ def _parse(path: Path) -> dict[str, Any]:
     file = path / "config.json" if path.is_dir() else path
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # also where it is not UTF-8
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{file} does not hold a JSON object")

@@ -26,7 +26,7 @@ _KEYS = {
 _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
-def read_rope(fields: Fields, dim: int, *, interleaved: bool = False, default_theta: float = 10000.0) -> RopeConfig:
+def read_rope(fields: Fields, dim: int, *, interleaved: bool = False) -> RopeConfig:
     """The rotary embedding of `dim` dimensions that the config asks for.
 
     Raises ValueError for a kind, key or value that is not supported.
@@ -34,39 +34,71 @@ def read_rope(fields: Fields, dim: int, *, interleaved: bool = False, default_th
     if dim < 2 or dim % 2:
         raise ValueError(f"config.json: rotary embedding needs an even number of dimensions, not {dim}")
     settings = rope_settings(fields)
-    theta = settings.get("rope_theta") or fields.get("rope_theta", default_theta)
+    default_theta = fields.number("rope_theta", 10000.0)
+    theta = settings["rope_theta"] or default_theta
+    if theta <= 0:
+        raise ValueError(f"config.json: 'rope_theta' must be above 0, not {theta}")
     max_positions = fields.positive("max_position_embeddings")
-    original = fields.get("original_max_position_embeddings") or settings.get("original_max_position_embeddings")
-    scaling = _scaling(settings, max_positions, original)
-    return RopeConfig(dim=dim, theta=float(theta), interleaved=interleaved, scaling=scaling)
+    original = fields.positive_or_null("original_max_position_embeddings")
+    scaling = _scaling(settings, max_positions, original or settings.get("original_max_position_embeddings"))
+    return RopeConfig(dim=dim, theta=theta, interleaved=interleaved, scaling=scaling)
 
 
 def rope_settings(fields: Fields) -> dict[str, Any]:
-    """The config's rope dictionary, whichever field holds it; {} where there is none."""
-    old, new = fields.get("rope_scaling", {}), fields.get("rope_parameters", {})
-    name = "rope_scaling" if old else "rope_parameters"
-    settings = dict(old or new)
+    """The config's rope dictionary, with `rope_theta` None where it has none.
+
+    Where both spellings are there, the scaling is that of the one which scales, and theta that of the one which has it.
+    """
+    if fields.number("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(
+            f"config.json: 'partial_rotary_factor' = {fields.raw['partial_rotary_factor']} is not supported"
+        )
+    old, new = _settings(fields, "rope_scaling"), _settings(fields, "rope_parameters")
+    both = (old, new) if _kind(old) != "default" else (new, old)
+    scaling, other = both
+    contradicts = _kind(other) != "default" and _scaling_keys(old) != _scaling_keys(new)
+    if contradicts or len({theta for theta in map(_theta, both) if theta}) > 1:
+        raise ValueError(f"config.json: 'rope_scaling' = {old} contradicts 'rope_parameters' = {new}")
+    return scaling | {"rope_theta": _theta(scaling) or _theta(other)}
+
+
+def _settings(fields: Fields, name: str) -> dict[str, Any]:
+    """One spelling's dictionary, without nulls; refuses what is not supported."""
+    settings = {key: value for key, value in fields.mapping(name).items() if value is not None}
     kind = _kind(settings)
     if kind not in _KEYS:
         raise ValueError(f"config.json: {name} type {kind!r} is not supported (only {', '.join(_KEYS)})")
-    unknown = sorted(key for key in settings if key not in _KEYS[kind] | _COMMON and settings[key] is not None)
-    # An unscaled rope keeps leftovers of others in some released files; with no factor they say nothing.
-    if unknown and kind != "default":
-        raise ValueError(f"config.json: {name} key '{unknown[0]}' is not supported for type {kind!r}")
     if any(isinstance(value, dict) for value in settings.values()):
         raise ValueError(f"config.json: {name} by layer type is not supported: {sorted(settings)}")
-    partial = settings.get("partial_rotary_factor") or fields.get("partial_rotary_factor", 1.0)
-    if partial != 1.0:
-        raise ValueError(f"config.json: 'partial_rotary_factor' = {partial} is not supported")
+    # An unscaled rope keeps leftovers of others in some released files; with no factor they say nothing.
+    unknown = sorted(settings.keys() - _KEYS[kind] - _COMMON)
+    if unknown and kind != "default":
+        raise ValueError(f"config.json: {name} key '{unknown[0]}' is not supported for type {kind!r}")
+    for key in sorted(settings.keys() & (_KEYS[kind] | {"rope_theta"})):
+        if not isinstance(settings[key], int | float):
+            raise ValueError(f"config.json: {name} key '{key}' must be a number, not {settings[key]!r}")
+    if settings.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(
+            f"config.json: {name} key 'partial_rotary_factor' = {settings['partial_rotary_factor']} is not supported"
+        )
     return settings
 
 
-def mscale_scale(settings: dict[str, Any]) -> float:
+def _theta(settings: dict[str, Any]) -> float | None:
+    return float(settings["rope_theta"]) if settings.get("rope_theta") else None
+
+
+def _scaling_keys(settings: dict[str, Any]) -> dict[str, Any]:
+    """What says how rope is scaled, in one spelling."""
+    return {key: settings[key] for key in settings.keys() - _COMMON} | {"rope_type": _kind(settings)}
+
+
+def mscale_scale(settings: dict[str, Any], factor: float) -> float:
     """What DeepSeek's models multiply the softmax scale with: m^2, m = 0.1 * mscale_all_dim * ln(factor) + 1
     (DeepSeek-V3 `inference/model.py`); 1 where rope is unscaled or `mscale_all_dim` is absent."""
     if _kind(settings) == "default" or not settings.get("mscale_all_dim"):
         return 1.0
-    return _mscale(settings["factor"], settings["mscale_all_dim"]) ** 2
+    return _mscale(factor, settings["mscale_all_dim"]) ** 2
 
 
 def _kind(settings: dict[str, Any]) -> str:

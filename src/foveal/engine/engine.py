@@ -143,7 +143,7 @@ class Engine:
                 self._fail(failed, f"{type(error).__name__}: {error}")
                 answered += failed
         if not self._scheduler.running:
-            self._manager.check()
+            self._manager.check_counts()
         return [request.output() for request in answered if request.finished or request.stream]
 
     def _execute(self, plan: Sequence[Chunk]) -> list[SequenceState]:
@@ -155,8 +155,7 @@ class Engine:
             sequence = chunk.sequence
             caught_up = chunk.caught_up
             sequence.computed = chunk.end
-            computed = sequence.tokens if caught_up else sequence.tokens[: chunk.end]
-            self._manager.commit(sequence.key, computed)
+            self._manager.commit(sequence.key, sequence.tokens, chunk.end)
             self._keep_prompt_logprobs(chunk, step, chunk_rows)
             if caught_up:
                 group = [sequence, *self._fork(sequence)]
@@ -201,18 +200,18 @@ class Engine:
 
     def _choose(self, step: StepLogits, rows: list[int], sequences: Sequence[SequenceState]) -> None:
         """Give each sequence its next token, from its row of the step's logits."""
-        logits_LV = step.logits_LV[rows]
+        all_rows = rows == list(range(len(step.logits_LV)))
+        logits_LV = (step.logits_LV if all_rows else step.logits_LV[rows]).float()
         broken = logits_LV.amax(dim=-1).isnan().tolist()
-        failed = [sequence.request for sequence, bad in zip(sequences, broken, strict=True) if bad]
-        self._fail(failed, "the model computed NaN logits")
-        kept = [row for row, one in enumerate(sequences) if not one.finished]
-        if not kept:
-            return
-        logits_LV, sequences = logits_LV[kept], [sequences[row] for row in kept]
+        if any(broken):
+            failed = [sequence.request for sequence, bad in zip(sequences, broken, strict=True) if bad]
+            self._fail(failed, "the model computed NaN logits")
+            kept = [row for row, one in enumerate(sequences) if not one.finished]
+            logits_LV, sequences = logits_LV[kept], [sequences[row] for row in kept]
         tokens = self._sampler.sample(logits_LV, sequences)
-        for logits_V, sequence, token in zip(logits_LV, sequences, tokens, strict=True):
+        for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
             if sequence.params.logprobs is not None:
-                (entry,) = self._sampler.logprobs(logits_V.unsqueeze(0), [token], sequence.params.logprobs)
+                (entry,) = self._sampler.logprobs(logits_LV[row : row + 1], [token], sequence.params.logprobs)
                 sequence.logprobs.append(entry)
                 sequence.cumulative_logprob += entry[token].logprob
             self._append(sequence, token)
@@ -251,9 +250,6 @@ class Engine:
 
     def _salt(self, request: Request) -> tuple[str, int] | None:
         """What must be equal for prefixes to be shared."""
-        if request.params.prompt_logprobs is not None:
-            # A prefix hit would skip rows whose log probabilities are wanted: share with nobody.
-            return "request", self._added
         if self._plain_rope is not None:
             # The keys of a prompt's tokens depend on its length.
             return "prompt length", max(request.prompt_length, self._plain_rope)

@@ -27,6 +27,9 @@ Prompt = str | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
 """A conversation: [{"role": "user", "content": "..."}, ...]."""
 
+# What the logits of prompts whose log probabilities are asked for may take in one step, as float32.
+_PROMPT_LOGIT_BYTES = 2**28
+
 
 class LLM:
     """A model with its tokenizer, cache and engine.
@@ -36,13 +39,15 @@ class LLM:
     ' Paris...'
 
     `model` is a directory, a .gguf file, a Hub id or an alias. `dtype` (of the weights; "auto": the checkpoint's),
-    `kv_cache_dtype` (of latents) and `index_dtype` (of index keys) are names or torch dtypes. `max_model_len`: most
-    tokens of a prompt and its completion (None: the model's). `max_num_seqs` sequences run at a time, and a step
-    computes at most `max_num_batched_tokens` tokens. `kv_cache_memory`: bytes of the cache (None: a share of the
-    memory that is free, and no more than `max_num_seqs` sequences of `max_model_len` tokens need).
-    `enable_prefix_caching`: keep what was computed for prompts that begin alike. `seed`: for requests without one;
-    the same requests in the same order give the same tokens. `enforce_eager`: no fused steps, packed weights and
-    graphs. `skip_tokenizer_init`: token ids in, token ids out.
+    `kv_cache_dtype` (of latents) and `index_dtype` (of index keys) are names or torch dtypes; torch.float8_e4m3fn is
+    "fp8". `mla_form`: how latent attention is computed: "expanded", "absorbed", or "auto", the cheaper one for each
+    sequence. `max_model_len`: most tokens of a prompt and its completion (None: the model's). `max_num_seqs` sequences
+    run at a time, and a step computes at most `max_num_batched_tokens` tokens. `kv_cache_memory`: bytes of the cache
+    (None: a share of the memory that is free, and no more than `max_num_seqs` sequences of `max_model_len` tokens
+    need). `enable_prefix_caching`: keep what was computed for prompts that begin alike. `seed`: for requests without
+    one; the same requests in the same order give the same tokens. `enforce_eager`: leave the weights as they are
+    instead of packing them for speed (`Decoder.pack`). `tokenizer`: one that is loaded already (None: the model's own).
+    `skip_tokenizer_init`: no tokenizer at all: token ids in, token ids out.
 
     Raises ValueError for a value out of range, and where the model or the cache does not fit in memory.
     """
@@ -60,13 +65,15 @@ class LLM:
         enable_prefix_caching: bool = True,
         kv_cache_dtype: str | torch.dtype = "auto",
         index_dtype: str | torch.dtype = "auto",
+        mla_form: str = "auto",
         seed: int = 0,
         enforce_eager: bool = False,
+        tokenizer: Any = None,
         skip_tokenizer_init: bool = False,
     ) -> None:
         path = resolve_model(str(model))
-        self.tokenizer = None if skip_tokenizer_init else _tokenizer(path)
-        decoder = load_model(path, dtype=dtype, device=device, index_dtype=_name(index_dtype))
+        self.tokenizer = None if skip_tokenizer_init else tokenizer or _tokenizer(path)
+        decoder = load_model(path, dtype=dtype, device=device, index_dtype=_name(index_dtype), mla_form=mla_form)
         if not enforce_eager:
             decoder.pack()
         config = decoder.config
@@ -80,10 +87,11 @@ class LLM:
             manager,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            max_prompt_rows=max(1, _PROMPT_LOGIT_BYTES // (config.vocab_size * torch.float32.itemsize)),
             window=plan.window,
         )
         store = CacheStore(plan, pages, slots, device)
-        runner = Runner(decoder, store, manager, device=device, enforce_eager=enforce_eager)
+        runner = Runner(decoder, store, manager, device=device)
         self.engine = Engine(
             runner,
             manager,
@@ -144,10 +152,7 @@ class LLM:
 
     def chat_prompt(self, messages: Messages) -> Prompt:
         """The prompt that asks for the next message of a conversation, for `generate` and `stream`."""
-        text = self._text_tokenizer().apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        # The template has written the special tokens.
-        ids = self._text_tokenizer().encode(text, add_special_tokens=False)
-        return {"prompt": text, "prompt_token_ids": ids}
+        return chat_prompt(self._text_tokenizer(), messages)
 
     def _run(self, requests: Sequence[Request]) -> Iterator[RequestOutput]:
         for request in requests:
@@ -203,12 +208,19 @@ class LLM:
         return self.tokenizer
 
 
+def chat_prompt(tokenizer: Any, messages: Messages) -> dict[str, Any]:
+    """`LLM.chat_prompt` before there is an LLM. Raises ValueError where the tokenizer has no chat template."""
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    # The template has written the special tokens.
+    return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+
+
 def _tokenizer(path: Path) -> Any:
     return load_tokenizer(path)  # typed by transformers, whose decode may give lists of texts
 
 
 def _name(dtype: str | torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return "fp8" if dtype == torch.float8_e4m3fn else str(dtype).removeprefix("torch.")
 
 
 def _model_length(asked: int | None, most: int) -> int:

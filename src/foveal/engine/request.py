@@ -100,7 +100,7 @@ class Request:
     stream: bool = False
     sequences: list[SequenceState] = field(default_factory=list)
     salt: tuple[str, int] | None = None
-    """Prefixes are shared only under equal salts."""
+    """Prefixes are shared only under equal salts; see `reusable`."""
     forked: bool = False
     """Whether the sequences after the first have left it."""
     prompt_logprobs: list[Logprobs | None] = field(default_factory=lambda: [None])
@@ -117,6 +117,11 @@ class Request:
     def finished(self) -> bool:
         """Whether all its sequences are."""
         return all(sequence.finished for sequence in self.sequences)
+
+    @property
+    def reusable(self) -> bool:
+        """Whether it may share prefixes: a hit would skip rows whose log probabilities are wanted."""
+        return self.params.prompt_logprobs is None
 
     @property
     def next_prompt_row(self) -> int | None:

@@ -40,18 +40,15 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class StepLogits:
-    """The logits of a step, float32 [L, V], and which rows of them belong to each chunk of the plan: one for each of
-    its last tokens, as many as `wanted_rows` says."""
+    """The logits of a step, [L, V] in the model's dtype, and which rows of them belong to each chunk of the plan: one
+    for each of its last tokens, as many as `wanted_rows` says."""
 
     logits_LV: Tensor
     rows: list[range]
 
 
 class Runner:
-    """A model, its cache tensors and the manager that says which pages are whose.
-
-    `enforce_eager`: run every operation by itself, without fused steps and graphs.
-    """
+    """A model, its cache tensors and the manager that says which pages are whose."""
 
     def __init__(
         self,
@@ -60,13 +57,11 @@ class Runner:
         manager: CacheManager,
         *,
         device: torch.device | str = "cpu",
-        enforce_eager: bool = False,
     ) -> None:
         self._model = model
         self._store = store
         self._manager = manager
         self._device = device
-        self.enforce_eager = enforce_eager
 
     @torch.inference_mode()
     def run(self, plan: Sequence[Chunk]) -> StepLogits:
@@ -74,7 +69,7 @@ class Runner:
         counts = [wanted_rows(chunk) for chunk in plan]
         output = self._model.step(self._batch(plan, counts), self._store)
         rows = [range(start, stop) for start, stop in pairwise(accumulate(counts, initial=0))]
-        return StepLogits(output.logits_LV.float(), rows)
+        return StepLogits(output.logits_LV, rows)
 
     @torch.inference_mode()
     def copy(self, copies: Copies) -> None:

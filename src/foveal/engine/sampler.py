@@ -19,6 +19,8 @@ DecodeToken = Callable[[int], str]
 
 # Tokens sorted first to find a nucleus; it nearly always lies within.
 _SHORTLIST = 1024
+# Rows whose log probabilities are computed at a time: the logits of a whole prompt are not copied.
+_TILE_ROWS = 128
 
 
 class Sampler:
@@ -43,8 +45,18 @@ class Sampler:
         return chosen
 
     def logprobs(self, logits_LV: Tensor, tokens: Sequence[int], count: int) -> list[Logprobs]:
-        """For each row the `count` likeliest tokens and the given one, by the model's own logits (float32 [L, V])."""
-        logprobs_LV = logits_LV.log_softmax(dim=-1)
+        """For each row the `count` likeliest tokens and the given one, by the model's own logits (float [L, V]).
+
+        Beside the logits this takes memory for some rows of them at a time, not for all.
+        """
+        entries: list[Logprobs] = []
+        for start in range(0, len(tokens), _TILE_ROWS):
+            tile = slice(start, start + _TILE_ROWS)
+            entries += self._tile_logprobs(logits_LV[tile], tokens[tile], count)
+        return entries
+
+    def _tile_logprobs(self, logits_LV: Tensor, tokens: Sequence[int], count: int) -> list[Logprobs]:
+        logprobs_LV = logits_LV.log_softmax(dim=-1, dtype=torch.float32)
         tokens_L1 = torch.tensor(tokens, device=logits_LV.device).unsqueeze(1)
         chosen_L1 = logprobs_LV.gather(1, tokens_L1)
         ranks_L = (logprobs_LV > chosen_L1).sum(dim=-1) + 1

@@ -40,18 +40,30 @@ class Scheduler:
     and no sequence may need more than the whole cache: so every step brings the oldest one forward, and none waits
     for ever.
 
-    `window` is the cache manager's. Raises ValueError for a limit below 1.
+    `max_prompt_rows`: most tokens of a step that belong to prompts whose log probabilities are asked for, for each of
+    them has a row of logits. `window` is the cache manager's. Raises ValueError for a limit below 1.
     """
 
     def __init__(
-        self, manager: CacheManager, *, max_num_seqs: int, max_num_batched_tokens: int, window: int | None = None
+        self,
+        manager: CacheManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_prompt_rows: int = sys.maxsize,
+        window: int | None = None,
     ) -> None:
-        for name, value in [("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)]:
+        for name, value in [
+            ("max_num_seqs", max_num_seqs),
+            ("max_num_batched_tokens", max_num_batched_tokens),
+            ("max_prompt_rows", max_prompt_rows),
+        ]:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         self._manager = manager
         self._max_num_seqs = max_num_seqs
         self._budget = max_num_batched_tokens
+        self._prompt_rows = max_prompt_rows
         self._window = window
         self.running: list[SequenceState] = []
         self.waiting: deque[SequenceState] = deque()
@@ -98,17 +110,18 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """The next step's chunks, at most `max_num_batched_tokens` tokens of at most `max_num_seqs` sequences; their
         pages are reserved."""
-        plan = self._plan_running()
-        return plan + self._plan_waiting(_left(self._budget, plan))
+        plan = _Plan(self._budget, self._prompt_rows)
+        self._plan_running(plan)
+        self._plan_waiting(plan)
+        return plan.chunks
 
-    def _plan_running(self) -> list[Chunk]:
-        plan: list[Chunk] = []
-        for sequence in list(self.running):
-            count = min(sequence.missing, _left(self._budget, plan))
-            # The last go first: when this one has been preempted, so have all after it.
-            if count > 0 and sequence in self.running and self._make_room(sequence, sequence.computed + count):
-                plan.append(Chunk(sequence, sequence.computed, count))
-        return plan
+    def _plan_running(self, plan: "_Plan") -> None:
+        for place, sequence in enumerate(list(self.running)):
+            if place >= len(self.running):
+                return  # the last go first: when this one has been preempted, so have all after it
+            count = plan.room(sequence)
+            if count > 0 and self._make_room(sequence, sequence.computed + count):
+                plan.add(sequence, count)
 
     def _make_room(self, sequence: SequenceState, length: int) -> bool:
         """Reserve pages, taking them from the sequences admitted last; False: this one was itself the last."""
@@ -122,21 +135,21 @@ class Scheduler:
                 return False
         return True
 
-    def _plan_waiting(self, budget: int) -> list[Chunk]:
-        plan: list[Chunk] = []
+    def _plan_waiting(self, plan: "_Plan") -> None:
         if self._window is not None:
             self._head_fits = True  # running sequences give back the pages behind their windows
-        while self.waiting and _left(budget, plan) > 0 and self._head_fits and self.has_seat:
+        while self.waiting and self._head_fits and self.has_seat:
             sequence = self.waiting[0]
+            if not plan.room(sequence):
+                break
             self._head_fits = self._admit(sequence)
             if not self._head_fits:
                 break
             self.running.append(self.waiting.popleft())
-            count = min(sequence.missing, _left(budget, plan))
+            count = plan.room(sequence)
             reserved = self._manager.reserve(sequence.key, sequence.computed + count)
             assert reserved, "admitted without room"
-            plan.append(Chunk(sequence, sequence.computed, count))
-        return plan
+            plan.add(sequence, count)
 
     def _most_pages(self, length: int) -> int:
         """Pages that a sequence of `length` tokens holds at any one time; a window lets go of those behind it."""
@@ -149,10 +162,9 @@ class Scheduler:
     def _admit(self, sequence: SequenceState) -> bool:
         """Give the sequence what the prefix cache has of it, if there is room for all its tokens."""
         request = sequence.request
-        cached = self._manager.admit(sequence.key, sequence.tokens, request.salt)
-        usage = self._manager.usage
+        cached = self._manager.admit(sequence.key, sequence.tokens, request.salt, reusable=request.reusable)
         needed = self._most_pages(len(sequence.tokens)) - sum(page != 0 for page in self._manager.table(sequence.key))
-        if needed > usage.pages_free + usage.pages_cached:
+        if needed > self._manager.available:
             self._manager.free(sequence.key)
             return False
         sequence.computed = cached
@@ -161,5 +173,22 @@ class Scheduler:
         return True
 
 
-def _left(budget: int, plan: list[Chunk]) -> int:
-    return budget - sum(chunk.count for chunk in plan)
+class _Plan:
+    """The chunks of one step, and what is left of its tokens and of those that have a row of logits each."""
+
+    def __init__(self, tokens: int, prompt_rows: int) -> None:
+        self.chunks: list[Chunk] = []
+        self._tokens = tokens
+        self._prompt_rows = prompt_rows
+
+    def room(self, sequence: SequenceState) -> int:
+        """How many of the sequence's missing tokens the step can still take."""
+        count = min(sequence.missing, self._tokens)
+        return count if sequence.request.next_prompt_row is None else min(count, self._prompt_rows)
+
+    def add(self, sequence: SequenceState, count: int) -> None:
+        """The sequence's next `count` tokens are computed in this step."""
+        self.chunks.append(Chunk(sequence, sequence.computed, count))
+        self._tokens -= count
+        if sequence.request.next_prompt_row is not None:
+            self._prompt_rows -= count

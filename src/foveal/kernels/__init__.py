@@ -7,7 +7,6 @@ from foveal.kernels.dispatch import Operation
 from foveal.kernels.keys import Columns, Contexts, KeySource, OneHead, Queries, Rows
 from foveal.kernels.matmul import linear, pack_weight
 from foveal.kernels.moe import experts
-from foveal.kernels.norm import rms_norm
 from foveal.kernels.quantise import hadamard, quantise_e4m3
 from foveal.kernels.rope import apply_rope
 from foveal.kernels.scan import causal_conv, selective_scan
@@ -31,7 +30,6 @@ __all__ = [
     "operations",
     "pack_weight",
     "quantise_e4m3",
-    "rms_norm",
     "select",
     "selective_scan",
     "sparse_attention",

@@ -2,13 +2,13 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from foveal.kernels.dispatch import operation
 from foveal.kernels.keys import KeySource, Queries
 
 # Scores of one tile of queries: small enough to stay in a level-two or -three cache, large enough to keep matrix
-# products busy. Measured by benchmarks/kernels.py.
+# products busy.
 TILE_SCORES = 1 << 20
 
 
@@ -57,7 +57,8 @@ def _attention_tiled(
     window: int | None = None,
     selection_TK: Tensor | None = None,
 ) -> Tensor:
-    if queries.single and selection_TK is None and _worth_padding(keys.contexts.lengths, window):
+    paged = keys.contexts.table_SB is not None
+    if paged and queries.single and selection_TK is None and _worth_padding(keys.contexts.lengths, window):
         return _decode(q_THP, keys, values, scale, window)
     parts = []
     for s, (row, count, first) in enumerate(queries):
@@ -122,14 +123,16 @@ def _tile(q_tHP: Tensor, k_NGP: Tensor, v_NGV: Tensor, mask_tN: Tensor | None, s
 def softmax_attention(q_XQP: Tensor, k_XNP: Tensor, v_XNV: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """softmax(scale q.k) v for each x of X; mask: bool, broadcast over [X, Q, N], True = seen. Returns [X, Q, V].
 
-    float32 scores are a plain matrix product, which the CPU's own fused attention does not reach; in bfloat16 they
-    would be rounded before the softmax, so there the fused one is used where it serves.
+    float32 scores are a plain matrix product, which the CPU's own fused attention does not reach. In bfloat16 a product
+    would round them before the softmax, which the fused one does not; it wants values as wide as keys.
     """
-    if q_XQP.dtype == torch.bfloat16 and k_XNP.shape[-1] == v_XNV.shape[-1]:
+    if q_XQP.dtype == torch.bfloat16:
+        width = k_XNP.shape[-1]
+        padded_XNV = v_XNV if v_XNV.shape[-1] == width else pad(v_XNV, (0, width - v_XNV.shape[-1]))
         mask = mask if mask is None or mask.dim() == 2 else mask[None]
-        q, k, v = (x[None] for x in (q_XQP, k_XNP, v_XNV))
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0]
-    scores_XQN = widened(torch.bmm(q_XQP * scale, k_XNP.transpose(1, 2)))
+        q, k, v = (x[None] for x in (q_XQP, k_XNP, padded_XNV))
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0][..., : v_XNV.shape[-1]]
+    scores_XQN = widened(torch.bmm(q_XQP, k_XNP.transpose(1, 2))) * scale
     if mask is not None:
         scores_XQN = scores_XQN.masked_fill(~mask, float("-inf"))
     return torch.bmm(scores_XQN.softmax(-1).to(v_XNV.dtype), v_XNV)

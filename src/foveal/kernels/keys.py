@@ -58,12 +58,11 @@ class Contexts:
     @staticmethod
     def paged(table_SB: Tensor, lengths: Sequence[int]) -> "Contexts":
         """Pages of a cache; a sequence whose pages happen to follow one another is read in place."""
-        starts = []
-        for pages, length in zip(table_SB.tolist(), lengths, strict=True):
-            used = pages[: -(-length // PAGE_SIZE)]
-            consecutive = all(right == left + 1 for left, right in pairwise(used))
-            starts.append(used[0] * PAGE_SIZE if used and consecutive else -1)
-        return Contexts(tuple(lengths), tuple(starts), table_SB)
+        last_S1 = (torch.tensor(lengths, device=table_SB.device)[:, None] - 1) // PAGE_SIZE
+        place_B = torch.arange(1, table_SB.shape[1], device=table_SB.device)
+        follows_SB = (table_SB[:, 1:] == table_SB[:, :-1] + 1) | (place_B > last_S1)
+        starts_S = torch.where(follows_SB.all(1), table_SB[:, 0] * PAGE_SIZE, -1)
+        return Contexts(tuple(lengths), tuple(starts_S.tolist()), table_SB)
 
     def only(self, sequences: Sequence[int]) -> "Contexts":
         """The contexts of some sequences."""
@@ -73,20 +72,19 @@ class Contexts:
 
     @cached_property
     def padded_SN(self) -> Tensor:
-        """int64 rows of every position up to the longest context. Past a sequence's length its last row is named again:
-        what it does not own may hold anything, NaN included."""
-        device = None if self.table_SB is None else self.table_SB.device
-        last_S1 = torch.tensor(self.lengths, device=device)[:, None] - 1
-        positions_SN = torch.arange(max(self.lengths), device=device).minimum(last_S1)
-        if self.table_SB is None:
-            return positions_SN + torch.tensor(self.starts)[:, None]
+        """int64 rows of every position up to the longest context, of pages. Past a sequence's length its last row is
+        named again: what it does not own may hold anything, NaN included."""
+        assert self.table_SB is not None
+        last_S1 = torch.tensor(self.lengths, device=self.table_SB.device)[:, None] - 1
+        positions_SN = torch.arange(max(self.lengths), device=self.table_SB.device).minimum(last_S1)
         return self.table_SB.gather(1, positions_SN // PAGE_SIZE) * PAGE_SIZE + positions_SN % PAGE_SIZE
 
     def rows(self, sequence: int, start: int, stop: int) -> Tensor | slice:
         """The rows of positions [start, stop) of a sequence: a slice where they follow one another."""
         if self.starts[sequence] >= 0:
             return slice(self.starts[sequence] + start, self.starts[sequence] + stop)
-        return self.padded_SN[sequence, start:stop]
+        assert self.table_SB is not None
+        return self.locate(sequence, torch.arange(start, stop, device=self.table_SB.device))
 
     def locate(self, sequence: int, positions: Tensor) -> Tensor:
         """int64 rows of some positions (any shape, int) of a sequence."""
@@ -125,8 +123,6 @@ class KeySource:
 
     def padded(self) -> Tensor:
         """Every sequence's rows side by side, [S, longest, ...]; past a sequence's length they mean nothing."""
-        if len(self.contexts.lengths) == 1:
-            return self.context(0, 0, self.contexts.lengths[0])[None]
         return self.records.read(self.contexts.padded_SN)
 
     def select(self, sequence: int, positions_TK: Tensor) -> Tensor:

@@ -42,6 +42,9 @@ def _experts_grouped(
     activation: Activation,
 ) -> Tensor:
     """Tokens grouped by expert: one product for each expert that any token chose, none for the others."""
+    if len(x_TD) == 1:  # nothing to group
+        outputs_AD = torch.cat([_expert(x_TD, gate_up[e], down[e], activation) for e in chosen_TA[0].tolist()])
+        return (weights_TA.float() @ outputs_AD.float()).to(x_TD)
     order_X = chosen_TA.flatten().argsort(stable=True)
     counts = torch.bincount(chosen_TA.flatten(), minlength=len(gate_up)).tolist()
     token_X = order_X // chosen_TA.shape[1]

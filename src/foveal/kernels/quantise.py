@@ -22,10 +22,11 @@ def hadamard(x: Tensor) -> Tensor:
 def _hadamard_matrix(size: int) -> Tensor:
     if size < 1 or size & (size - 1):
         raise ValueError(f"the Hadamard transform needs a power-of-two dimension, not {size}")
-    matrix = torch.ones(1, 1)
-    while matrix.shape[0] < size:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return matrix * size**-0.5
+    with torch.inference_mode(False):  # kept for later calls, which may need gradients
+        matrix = torch.ones(1, 1)
+        while matrix.shape[0] < size:
+            matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+        return matrix * size**-0.5
 
 
 def quantise_e4m3(x: Tensor, *, block: int) -> tuple[Tensor, Tensor]:

@@ -32,46 +32,65 @@ def select(q_TIJ: Tensor, weights_TI: Tensor, keys: KeySource, queries: Queries,
 
 @select.add("torch", differentiable=False)
 def _select_streamed(q_TIJ: Tensor, weights_TI: Tensor, keys: KeySource, queries: Queries, *, topk: int) -> Tensor:
-    parts = []
+    selection_TK = torch.empty(q_TIJ.shape[0], topk, dtype=torch.int32, device=q_TIJ.device)
     for s, (row, count, first) in enumerate(queries):
-        tile = max(1, TILE_SCORES // (q_TIJ.shape[1] * min(first + count, STRETCH)))
-        for lower in range(0, count, tile):
-            rows = slice(row + lower, row + min(lower + tile, count))
-            parts.append(_select_tile(q_TIJ[rows].float(), weights_TI[rows], keys, s, first + lower, topk))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+        rows = slice(row, row + count)
+        _select_sequence(q_TIJ[rows].float(), weights_TI[rows], keys, s, first, selection_TK[rows])
+    return selection_TK
 
 
-def _select_tile(q_tIJ: Tensor, weights_tI: Tensor, keys: KeySource, sequence: int, position: int, topk: int) -> Tensor:
-    """The selection of neighbouring queries, the first at `position`: a running top-k over stretches of context."""
-    count, stop = q_tIJ.shape[0], position + q_tIJ.shape[0]
-    best_scores_tK: Tensor | None = None
-    best_tK: Tensor | None = None
+def _select_sequence(
+    q_TIJ: Tensor, weights_TI: Tensor, keys: KeySource, sequence: int, position: int, selection_TK: Tensor
+) -> None:
+    """Fill the selection of one sequence's queries, the first at `position`: a running top-k over stretches of context,
+    each read once for all queries."""
+    count, stop = q_TIJ.shape[0], position + q_TIJ.shape[0]
+    best_TK = torch.empty(selection_TK.shape, device=q_TIJ.device) if stop > STRETCH else None
     for start in range(0, stop, STRETCH):
-        end = min(start + STRETCH, stop)
-        scores_tN = _scores(q_tIJ, weights_tI, keys.context(sequence, start, end).float())
-        if end > position + 1:
-            key_N = torch.arange(start, end, device=q_tIJ.device)
-            query_t = torch.arange(position, stop, device=q_tIJ.device)[:, None]
-            scores_tN.masked_fill_(key_N > query_t, float("-inf"))
-        if best_scores_tK is None or best_tK is None:
-            place_tK = first_of_the_highest(scores_tN, topk)
-            best_tK = place_tK
-        else:
-            # What was kept stands before the new stretch, so lower places still mean lower positions.
-            scores_tN = torch.cat((best_scores_tK, scores_tN), 1)
-            place_tK = first_of_the_highest(scores_tN, topk)
-            width = best_scores_tK.shape[1]
-            kept_tK = best_tK.gather(1, place_tK.clamp(0, width - 1).long())
-            best_tK = torch.where(place_tK < width, torch.where(place_tK < 0, -1, kept_tK), place_tK + (start - width))
-        if end < stop:
-            kept_tK = scores_tN.gather(1, place_tK.clamp_min(0).long())
-            best_scores_tK = kept_tK.masked_fill_(place_tK < 0, float("-inf"))
-    assert best_tK is not None and best_tK.shape == (count, topk)
-    return best_tK
+        k_NJ = keys.context(sequence, start, min(start + STRETCH, stop)).float()
+        tile = max(1, TILE_SCORES // (q_TIJ.shape[1] * k_NJ.shape[0]))
+        # Queries before this stretch see nothing of it.
+        for lower in range(max(0, start - position), count, tile):
+            rows = slice(lower, min(lower + tile, count))
+            visible = position + rows.stop - start
+            scores_tN = index_scores(q_TIJ[rows], weights_TI[rows], k_NJ[:visible])
+            if start + scores_tN.shape[1] > position + lower + 1:
+                hide_future(scores_tN, start, position + lower)
+            keep_highest(scores_tN, start, selection_TK[rows], None if best_TK is None else best_TK[rows])
 
 
-def _scores(q_tIJ: Tensor, weights_tI: Tensor, k_NJ: Tensor) -> Tensor:
-    """float32 [t, n]."""
+def hide_future(scores_TN: Tensor, start: int, position: int) -> None:
+    """-inf for keys (the first at `start`) behind the queries (the first at `position`)."""
+    count, width = scores_TN.shape
+    key_N = torch.arange(start, start + width, device=scores_TN.device)
+    query_T1 = torch.arange(position, position + count, device=scores_TN.device)[:, None]
+    scores_TN.masked_fill_(key_N > query_T1, float("-inf"))
+
+
+def keep_highest(scores_TN: Tensor, start: int, selection_TK: Tensor, best_TK: Tensor | None) -> None:
+    """Bring the running top-k up to date with the scores of the stretch that begins at `start`.
+
+    selection_TK: positions kept so far, overwritten; best_TK: their scores, -inf where there is none (None: this is the
+    only stretch). Both mean nothing yet where start is 0.
+    """
+    topk = selection_TK.shape[1]
+    if start == 0:
+        place_TK = first_of_the_highest(scores_TN, topk)
+        selection_TK.copy_(place_TK)
+    else:
+        assert best_TK is not None
+        # What was kept stands before the new stretch, so lower places still mean lower positions.
+        scores_TN = torch.cat((best_TK, scores_TN), 1)
+        place_TK = first_of_the_highest(scores_TN, topk)
+        kept_TK = selection_TK.gather(1, place_TK.clamp(0, topk - 1).long())
+        new_TK = place_TK + (start - topk)
+        selection_TK.copy_(torch.where(place_TK < 0, -1, torch.where(place_TK < topk, kept_TK, new_TK)))
+    if best_TK is not None:
+        best_TK.copy_(scores_TN.gather(1, place_TK.clamp_min(0).long()).masked_fill_(place_TK < 0, float("-inf")))
+
+
+def index_scores(q_tIJ: Tensor, weights_tI: Tensor, k_NJ: Tensor) -> Tensor:
+    """sum_i weights(t, i) ReLU(q(t, i) . k(n)): float32 [t, n] of float32 q [t, I, J], weights [t, I] and k [n, J]."""
     count, heads, _ = q_tIJ.shape
     products_tIN = (q_tIJ.flatten(0, 1) @ k_NJ.T).relu_().unflatten(0, (count, heads))
     return torch.bmm(weights_tI[:, None], products_tIN)[:, 0]

@@ -113,9 +113,9 @@ def read_gguf(path: Path) -> GGUFFile:
         # Copy-on-write: torch wants writable memory, and nothing ever writes.
         data: np.memmap[Any, np.dtype[np.uint8]] = np.memmap(path, dtype=np.uint8, mode="c")
         metadata, tensors = _Cursor(data).header()
-    except (struct.error, KeyError, UnicodeDecodeError, OverflowError, MemoryError, ValueError) as error:
+    except (struct.error, KeyError, OverflowError, MemoryError, ValueError) as error:
         raise ValueError(f"{path} is damaged or not a GGUF file: {error}") from None
-    if metadata.get("split.count", 1) > 1:
+    if metadata.get("split.count", 1) not in (0, 1):
         raise ValueError(f"{path} is one of {metadata['split.count']} parts: merge them into one file first")
     return GGUFFile(path, metadata, tensors, data)
 
@@ -161,6 +161,8 @@ class _Cursor:
         metadata = {self._string(): self._value(self._scalar("I")) for _ in range(entries)}
         table = {self._string(): self._tensor() for _ in range(tensors)}
         alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ValueError(f"'general.alignment' = {alignment!r}")
         start = -(-self._at // alignment) * alignment
         return metadata, {name: GGUFTensor(t.shape, t.kind, start + t.offset) for name, t in table.items()}
 
@@ -220,6 +222,8 @@ def _config(file: GGUFFile) -> dict[str, Any]:
     for key in (*_FIELDS, "attention.head_count_kv"):
         if isinstance(own.get(key), list):
             raise ValueError(f"{file.path}: '{prefix}{key}' by layer is not supported: {own[key]}")
+        if key in own and (not isinstance(own[key], int | float) or own[key] <= 0):
+            raise ValueError(f"{file.path}: '{prefix}{key}' must be a number above 0, not {own[key]!r}")
     missing = [key for key in _FIELDS if key not in own]
     if missing or "token_embd.weight" not in file.tensors:
         raise ValueError(f"{file.path} lacks '{prefix + missing[0] if missing else 'token_embd.weight'}'")
@@ -236,9 +240,15 @@ def _config(file: GGUFFile) -> dict[str, Any]:
         "rope_theta": own.get("rope.freq_base", 10000.0),
         "rope_scaling": _rope_scaling(file, prefix, own),
         "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": file.metadata.get("tokenizer.ggml.eos_token_id"),
+        "eos_token_id": _eos_ids(file.metadata),
         "dtype": "float32",
     }
+
+
+def _eos_ids(metadata: Mapping[str, Any]) -> list[int]:
+    """Ends of a text, of a turn and of a message: llama.cpp stops at all of them."""
+    ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    return list(dict.fromkeys(token for token in ids if token is not None))
 
 
 def _refuse_unknown(path: Path, prefix: str, own: Mapping[str, Any]) -> None:

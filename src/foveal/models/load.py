@@ -9,11 +9,14 @@ import torch
 from torch import nn
 
 from foveal.cache.store import resolve_index_dtype
+from foveal.config import ModelConfig
+from foveal.config.model import MLAConfig
 from foveal.models.decoder import Decoder, Options
 from foveal.models.gguf import open_gguf
 from foveal.models.names import checkpoint_tensors
 from foveal.models.resolve import resolve_model
 from foveal.models.weights import Checkpoint, check, fill, open_safetensors
+from foveal.nn.mla import FORMS
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -23,22 +26,25 @@ def load_model(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
-    index_dtype: str = "auto",
+    index_dtype: str | torch.dtype = "auto",
+    mla_form: str = "auto",
 ) -> Decoder:
     """Load a model with its weights, in evaluation mode.
 
     path: a directory, a .gguf file, a Hub id or an alias (see `resolve_model`).
     dtype: of the weights; "auto" is the checkpoint's own, or bfloat16 where that is float16, which CPUs are slow at;
         a GGUF file's quantised weights become float32, so that they are not rounded twice.
-    index_dtype: how index keys are cached: "auto", "fp8", "bf16" or "float32".
+    index_dtype: how index keys are cached: "auto", "fp8", "bf16" or "float32", or such a torch dtype.
+    mla_form: how latent attention is computed: "auto" (the cheapest by arithmetic), "expanded" or "absorbed".
 
-    Raises ValueError for anything that cannot be loaded as asked, naming it: an unknown model, dtype or device, a
-    config that is not supported, tensors that are damaged, missing, unexpected or mis-shaped, or too little memory.
+    Raises ValueError for anything that cannot be loaded as asked, naming it: an unknown model, dtype, device or form, a
+    setting for a part that the model does not have, a config that is not supported, tensors that are damaged, missing,
+    unexpected or mis-shaped, or too little memory.
     """
     target = _device(device)
     checkpoint = open_checkpoint(path)
-    options = Options(dtype=_dtype(dtype, checkpoint), index_dtype=index_dtype)
-    resolve_index_dtype(index_dtype, options.dtype)  # refuses an unknown name even where there is no indexer
+    options = Options(_dtype(dtype, checkpoint), _index_name(index_dtype), mla_form)
+    _check_options(options, checkpoint.config)
     with torch.device("meta"):  # shapes only, until it is known that everything fits
         decoder = Decoder(checkpoint.config, options)
     check(checkpoint_tensors(decoder), checkpoint.tensors)
@@ -78,6 +84,21 @@ def _dtype(wanted: str | torch.dtype, checkpoint: Checkpoint) -> torch.dtype:
     if wanted not in _DTYPES:
         raise ValueError(f"dtype {wanted!r} is not supported (only auto, {', '.join(_DTYPES)})")
     return _DTYPES[str(wanted)]
+
+
+def _index_name(wanted: str | torch.dtype) -> str:
+    return "fp8" if wanted == torch.float8_e4m3fn else str(wanted).removeprefix("torch.")
+
+
+def _check_options(options: Options, config: ModelConfig) -> None:
+    """Refuses unknown names, and settings that the model has no use for."""
+    resolve_index_dtype(options.index_dtype, options.dtype)
+    if options.index_dtype != "auto" and config.index_topk is None:
+        raise ValueError(f"index_dtype {options.index_dtype!r} is for index keys, which {config.family} does not have")
+    if options.mla_form not in FORMS:
+        raise ValueError(f"mla_form must be one of {', '.join(FORMS)}, not {options.mla_form!r}")
+    if options.mla_form != "auto" and not any(isinstance(block.operation, MLAConfig) for block in config.blocks):
+        raise ValueError(f"mla_form {options.mla_form!r} is for latent attention, which {config.family} does not have")
 
 
 def _device(wanted: str | torch.device) -> torch.device:

@@ -64,9 +64,10 @@ def _from_hub(name: str) -> Path:
         pass
     try:
         # snapshot_download has no time limit of its own for its first question.
-        revision = huggingface_hub.HfApi().model_info(name, timeout=_HUB_TIMEOUT).sha
+        huggingface_hub.HfApi().model_info(name, timeout=_HUB_TIMEOUT)
         logger.warning("%s: downloading from the Hugging Face Hub", name)
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+        # By branch, not by commit: only then is it noted in the cache which commit `main` is, and found there offline.
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
     except Exception as error:  # the errors of whichever HTTP library huggingface_hub uses
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(

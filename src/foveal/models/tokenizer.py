@@ -78,17 +78,26 @@ def _from_gguf(path: Path) -> "PreTrainedTokenizerBase":
         raise ValueError(f"{path}: tokenizer {fields.get('model')!r} is not supported (only {', '.join(builders)})")
     try:
         backend = builders[fields["model"]](fields)
+        _add_special(backend, fields)
+        special = {name: _token(fields, key) for name, key in _SPECIAL.items() if f"{key}_token_id" in fields}
+    except KeyError as error:
+        raise ValueError(f"{path} lacks 'tokenizer.ggml.{error.args[0]}'") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    _add_special(backend, fields)
-    tokens = fields["tokens"]
-    special = {name: tokens[fields[f"{key}_token_id"]] for name, key in _SPECIAL.items() if f"{key}_token_id" in fields}
     return _fast(
         tokenizer_object=backend,
         chat_template=metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
         **special,
     )
+
+
+def _token(fields: Mapping[str, Any], key: str) -> str:
+    """The token that `tokenizer.ggml.<key>_token_id` names."""
+    index, tokens = fields[f"{key}_token_id"], fields["tokens"]
+    if not 0 <= index < len(tokens):
+        raise ValueError(f"'tokenizer.ggml.{key}_token_id' = {index} is not one of {len(tokens)} tokens")
+    return str(tokens[index])
 
 
 def _byte_level(fields: Mapping[str, Any]) -> "Tokenizer":
@@ -127,7 +136,7 @@ def _sentencepiece(fields: Mapping[str, Any]) -> "Tokenizer":
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     vocab = {token: index for index, token in enumerate(fields["tokens"])}
-    unknown = fields["tokens"][fields.get("unknown_token_id", 0)]
+    unknown = _token({"unknown_token_id": 0, **fields}, "unknown")
     merges = _merges(vocab, fields["scores"])
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefix = fields.get("add_space_prefix", True)
@@ -160,7 +169,7 @@ def _add_special(tokenizer: "Tokenizer", fields: Mapping[str, Any]) -> None:
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token, kind in kinds if kind == _CONTROL])
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token, kind in kinds if kind == _USER_DEFINED])
     if fields.get("add_bos_token", fields["model"] == "llama") and "bos_token_id" in fields:
-        bos = fields["tokens"][fields["bos_token_id"]]
+        bos = _token(fields, "bos")
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, fields["bos_token_id"])]
         )

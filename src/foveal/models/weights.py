@@ -25,6 +25,8 @@ _FP8 = "F8_E4M3"
 _SCALE = "_scale_inv"
 # Every release of these families carries multi-token-prediction layers, whether its config says so or not.
 _MTP_FAMILIES = frozenset({"deepseek_v3", "deepseek_v32", "glm_moe_dsa"})
+# What a multi-token-prediction layer has beyond an ordinary one (DeepSeek-V3 report, section 2.2).
+_MTP_PARTS = ("eh_proj.", "enorm.", "hnorm.", "shared_head.")
 _BAR_FROM_BYTES = 256 << 20  # below this a load takes under a second
 
 
@@ -149,9 +151,9 @@ def _skip(stored: Mapping[str, _Entry], config: ModelConfig) -> dict[str, _Entry
     head, embedding = f"{names.head}.weight", f"{names.embedding}.weight"
     kept = {name: entry for name, entry in stored.items() if not name.endswith("rotary_emb.inv_freq")}
     if len(kept) < len(stored):
-        logger.info("skipped %d rotary buffers: they are computed", len(stored) - len(kept))
+        logger.warning("skipped %d rotary buffers: they are computed", len(stored) - len(kept))
     if config.mtp_layers or config.family in _MTP_FAMILIES:
-        extra = _layers_beyond(kept, names.layer, len(config.layers))
+        extra = _prediction_layers(kept, names.layer, len(config.layers))
         kept = {name: entry for name, entry in kept.items() if name not in extra}
         if extra:
             logger.warning("skipped %d tensors of multi-token-prediction layers: they are not used", len(extra))
@@ -163,9 +165,13 @@ def _skip(stored: Mapping[str, _Entry], config: ModelConfig) -> dict[str, _Entry
     return kept
 
 
-def _layers_beyond(stored: Iterable[str], layer: str, count: int) -> set[str]:
-    pattern = re.compile(re.escape(layer).replace(re.escape("{}"), r"(\d+)") + r"\.")
-    return {name for name in stored if (match := pattern.match(name)) and int(match[1]) >= count}
+def _prediction_layers(stored: Iterable[str], layer: str, count: int) -> set[str]:
+    """The tensors of multi-token-prediction layers: beyond the last of `count` layers, and with parts that only they
+    have. An ordinary layer there means a config with too few layers, and stays."""
+    pattern = re.compile(re.escape(layer).replace(re.escape("{}"), r"(\d+)") + r"\.(.+)")
+    beyond = {name: match for name in stored if (match := pattern.match(name)) and int(match[1]) >= count}
+    predicting = {match[1] for match in beyond.values() if match[2].startswith(_MTP_PARTS)}
+    return {name for name, match in beyond.items() if match[1] in predicting}
 
 
 def _with_scales(stored: Mapping[str, _Entry], blocks: Fp8Blocks | None) -> tuple[StoredTensor, ...]:

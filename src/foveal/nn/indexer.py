@@ -55,8 +55,9 @@ class Indexer(nn.Module):
             return step.keep(cache.index, k_TJ)
         if isinstance(self.stored, torch.dtype):
             return KeySource(Rows(k_TJ.to(self.stored)), step.contexts)
-        values, scale_T = quantise_index(k_TJ)
-        return KeySource(Rows(values.float() * scale_T[:, None]), step.contexts)
+        with torch.no_grad():
+            values, scale_T = quantise_index(k_TJ)
+            return KeySource(Rows(values.float() * scale_T[:, None]), step.contexts)
 
     def _select(self, x_TD: Tensor, latent_TX: Tensor, turns_TR: Tensor, keys: KeySource, queries: Queries) -> Tensor:
         with torch.no_grad():  # which tokens are picked has no gradient; training compares the scores themselves

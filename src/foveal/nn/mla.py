@@ -138,9 +138,7 @@ class MLA(Mixer):
         both_HXC = self.kv_b_proj.weight.unflatten(0, (config.heads, -1))
         return both_HXC[:, : config.nope_dim], both_HXC[:, config.nope_dim :]
 
-    def _expanded(
-        self, q_THP: Tensor, latents: KeySource, queries: Queries, selection_TK: Tensor | None
-    ) -> Tensor:
+    def _expanded(self, q_THP: Tensor, latents: KeySource, queries: Queries, selection_TK: Tensor | None) -> Tensor:
         """Attention over per-head keys and values, a few heads at a time: all of them at a long context would take
         gigabytes."""
         config, lengths = self.config, latents.contexts.lengths
@@ -150,9 +148,7 @@ class MLA(Mixer):
         width = config.nope_dim + config.value_dim
         heads = max(1, EXPANDED_NUMBERS // (len(latent_NX) * (width + config.rope_dim)))
         parts = []
-        for q_ThP, weight_XC in zip(
-            q_THP.split(heads, 1), self.kv_b_proj.weight.split(heads * width), strict=True
-        ):
+        for q_ThP, weight_XC in zip(q_THP.split(heads, 1), self.kv_b_proj.weight.split(heads * width), strict=True):
             kv_NhX = linear(c_kv_NC, weight_XC).unflatten(-1, (-1, width))
             k_nope_NhP, v_NhV = kv_NhX.split([config.nope_dim, config.value_dim], -1)
             k_NhP = torch.cat((k_nope_NhP, k_pe_NR[:, None].expand(-1, kv_NhX.shape[1], -1)), -1)

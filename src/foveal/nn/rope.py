@@ -27,6 +27,11 @@ def rope_turns(rope: RopeConfig, positions_T: Tensor, lengths: list[tuple[int, i
 @lru_cache
 def frequencies_of(rope: RopeConfig) -> Tensor:
     """Inverse frequencies, float32 [dim / 2], of every scaling but `dynamic`."""
+    with torch.inference_mode(False):  # kept for later calls, which may need gradients
+        return _frequencies(rope)
+
+
+def _frequencies(rope: RopeConfig) -> Tensor:
     plain_R = _inverse_powers(rope.theta, rope.dim)
     scaling = rope.scaling
     if scaling.kind == "linear":

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from foveal.config.fields import Fields
 from foveal.config.model import (
@@ -15,6 +16,7 @@ from foveal.config.model import (
     MLPConfig,
     ModelConfig,
     MoEConfig,
+    RopeScaling,
     RouterConfig,
 )
 from foveal.config.rope import mscale_scale, read_rope, rope_settings
@@ -38,26 +40,35 @@ class WeightNames:
 
 
 LLAMA_NAMES = WeightNames()
+# What transformers takes where a config leaves these out.
+V3_DEFAULTS: Mapping[str, Any] = {
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "n_group": 8,
+    "topk_group": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 3,
+}
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 
 
 def model(fields: Fields, layers: tuple[LayerConfig, ...]) -> ModelConfig:
     """The `ModelConfig` around `layers`; refuses what no part of the config reader has looked at."""
-    eos = fields.get("eos_token_id", [])
-    tied = fields.get("tie_word_embeddings", False)
+    fields.expect("is_causal", True)
+    mtp_layers = [fields.whole(name, 0) for name in ("num_nextn_predict_layers", "num_mtp_layers")]
     config = ModelConfig(
         family=fields.family,
         vocab_size=fields.positive("vocab_size"),
         hidden_size=fields.positive("hidden_size"),
         layers=layers,
-        norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
+        norm_eps=fields.number("rms_norm_eps", 1e-6),
         max_positions=_longest(fields, layers),
-        tied_embeddings=bool(tied),
+        tied_embeddings=fields.flag("tie_word_embeddings"),
         dtype=str(fields.get("dtype") or fields.get("torch_dtype") or "float32").removeprefix("torch."),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
+        eos_token_ids=_eos_ids(fields),
         bos_token_id=fields.get("bos_token_id"),
         fp8_blocks=_fp8_blocks(fields),
-        mtp_layers=int(fields.get("num_nextn_predict_layers") or fields.get("num_mtp_layers") or 0),
+        mtp_layers=max(mtp_layers),
     )
     fields.finish()
     return config
@@ -71,13 +82,12 @@ def gqa(
     o_bias: bool = False,
     qk_norm: bool = False,
     window: int | None = None,
-    default_theta: float = 10000.0,
 ) -> GQAConfig:
     """Grouped-query attention from the usual fields."""
     hidden, heads = fields.positive("hidden_size"), fields.positive("num_attention_heads")
     kv_heads = fields.positive("num_key_value_heads", heads)
     head_dim = fields.positive("head_dim", max(1, hidden // heads))
-    if "head_dim" not in fields.raw and hidden % heads:
+    if fields.get("head_dim") is None and hidden % heads:
         raise ValueError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
     if heads % kv_heads:
         raise ValueError(
@@ -88,7 +98,7 @@ def gqa(
         kv_heads=kv_heads,
         head_dim=head_dim,
         scale=head_dim**-0.5,
-        rope=read_rope(fields, head_dim, default_theta=default_theta) if rope else None,
+        rope=read_rope(fields, head_dim) if rope else None,
         qkv_bias=qkv_bias,
         o_bias=o_bias,
         qk_norm=qk_norm,
@@ -100,11 +110,11 @@ def windows(fields: Fields) -> list[int | None]:
     """The attention window of each layer, from `layer_types` (v5) or `max_window_layers` (v4), as qwen2 and qwen3 mean
     them: none at all unless `use_sliding_window`."""
     count = fields.positive("num_hidden_layers")
-    window = fields.get("sliding_window", 4096)
-    if not fields.get("use_sliding_window", False):
+    window = fields.positive_or_null("sliding_window")
+    if not fields.flag("use_sliding_window"):
         window = None
-    first = fields.get("max_window_layers", 28)
-    types = fields.get("layer_types") or [
+    first = fields.whole("max_window_layers", 28)
+    types = fields.names("layer_types") or [
         "sliding_attention" if window and index >= first else "full_attention" for index in range(count)
     ]
     known = {"sliding_attention": window, "full_attention": None}
@@ -136,17 +146,18 @@ def mla(fields: Fields, *, interleaved: bool = True) -> MLAConfig:
         )
     nope, rope_dim = fields.positive("qk_nope_head_dim"), fields.positive("qk_rope_head_dim")
     fields.skip("qk_head_dim", "head_dim")  # both restate the two above
-    scale = (nope + rope_dim) ** -0.5 * mscale_scale(rope_settings(fields))
+    rope = read_rope(fields, rope_dim, interleaved=interleaved)
+    q_lora_rank = fields.need_or_null("q_lora_rank")  # null: no query latent
     return MLAConfig(
         heads=heads,
-        q_lora_rank=fields.get("q_lora_rank"),
+        q_lora_rank=None if q_lora_rank is None else fields.positive("q_lora_rank"),
         kv_lora_rank=fields.positive("kv_lora_rank"),
         nope_dim=nope,
         rope_dim=rope_dim,
         value_dim=fields.positive("v_head_dim"),
-        scale=scale,
-        rope=read_rope(fields, rope_dim, interleaved=interleaved),
-        bias=bool(fields.get("attention_bias", False)),
+        scale=(nope + rope_dim) ** -0.5 * mscale_scale(rope_settings(fields), rope.scaling.factor),
+        rope=rope,
+        bias=fields.flag("attention_bias"),
     )
 
 
@@ -157,9 +168,9 @@ def indexer(fields: Fields, attention: MLAConfig, *, interleaved: bool) -> Index
     head_dim = fields.positive("index_head_dim", 128)
     if head_dim < attention.rope_dim:
         raise ValueError(f"config.json: index_head_dim {head_dim} is below qk_rope_head_dim {attention.rope_dim}")
-    turned = bool(fields.get("indexer_rope_interleave", interleaved))
+    turned = fields.flag("indexer_rope_interleave", interleaved)
     return IndexerConfig(
-        heads=fields.positive("index_n_heads", 64 if fields.family == "deepseek_v32" else 32),
+        heads=fields.positive("index_n_heads"),
         head_dim=head_dim,
         topk=fields.positive("index_topk", 2048),
         query_dim=attention.q_lora_rank,
@@ -172,12 +183,13 @@ def own_indexers(fields: Fields) -> list[bool]:
     (IndexShare, arXiv 2603.12201). v5: `indexer_types`; v4: `index_topk_pattern`, or `index_topk_freq` with
     `index_skip_topk_offset`."""
     count = fields.positive("num_hidden_layers")
-    frequency = max(int(fields.get("index_topk_freq", 1)), 1)
-    raw_offset = fields.get("index_skip_topk_offset")
-    offset = 2 if raw_offset is None else int(raw_offset)
-    pattern = fields.get("index_topk_pattern")
-    types = fields.get("indexer_types") or (list(pattern) if pattern else None)
-    if types is None:
+    frequency = max(fields.whole("index_topk_freq", 1), 1)
+    offset = fields.whole("index_skip_topk_offset", 2)
+    pattern = fields.get("index_topk_pattern")  # "FSSF", or a list
+    types = fields.names("indexer_types") or (
+        list(pattern) if isinstance(pattern, str) else fields.names("index_topk_pattern")
+    )
+    if not types:
         return [max(layer - offset + 1, 0) % frequency == 0 for layer in range(count)]
     known = {"full": True, "F": True, "shared": False, "S": False}
     unknown = [kind for kind in types if kind not in known]
@@ -203,9 +215,9 @@ def moe(fields: Fields, router: RouterConfig) -> MoEConfig:
         per_token=per_token,
         hidden=hidden,
         router=router,
-        shared_hidden=hidden * int(fields.get("n_shared_experts", 0)),
+        shared_hidden=hidden * fields.whole("n_shared_experts", 0),
         activation=activation(fields),
-        bias=bool(fields.get("mlp_bias", False)),
+        bias=fields.flag("mlp_bias"),
     )
 
 
@@ -217,8 +229,8 @@ def noaux_router(fields: Fields) -> RouterConfig:
     groups = fields.positive("n_group", 1)
     return RouterConfig(
         scoring="sigmoid",
-        normalise=bool(fields.get("norm_topk_prob", True)),
-        scale=float(fields.get("routed_scaling_factor", 2.5)),
+        normalise=fields.flag("norm_topk_prob", True),
+        scale=fields.number("routed_scaling_factor", 2.5),
         correction_bias=True,
         groups=groups,
         groups_kept=min(fields.positive("topk_group", 1), groups),
@@ -229,20 +241,20 @@ def noaux_router(fields: Fields) -> RouterConfig:
 def sparse_feed_forwards(fields: Fields, expert_config: MoEConfig) -> list[FeedForwardConfig]:
     """The feed-forward of each layer: v5 `mlp_layer_types`, v4 `first_k_dense_replace` and `moe_layer_freq`."""
     count = fields.positive("num_hidden_layers")
-    first, frequency = int(fields.get("first_k_dense_replace", 0)), int(fields.get("moe_layer_freq", 1))
-    types = fields.get("mlp_layer_types") or [
+    first, frequency = fields.whole("first_k_dense_replace", 0), fields.positive("moe_layer_freq", 1)
+    types = fields.names("mlp_layer_types") or [
         "sparse" if layer >= first and layer % frequency == 0 else "dense" for layer in range(count)
     ]
     if len(types) != count or set(types) - {"dense", "sparse"}:
         raise ValueError(f"config.json: 'mlp_layer_types' must be {count} of 'dense' or 'sparse', not {types}")
-    dense = mlp(fields, bias=bool(fields.get("mlp_bias", False)))
+    dense = mlp(fields, bias=fields.flag("mlp_bias"))
     return [expert_config if kind == "sparse" else dense for kind in types]
 
 
 def sparse_attention_model(fields: Fields, *, interleaved_index: bool) -> ModelConfig:
     """DeepSeek-V3.2 and its descendants: MLA with an indexer, or a shared selection, in every layer."""
     fields.expect("rope_interleave", True)
-    if set(fields.get("layer_types") or []) - {"indexed_attention"}:
+    if set(fields.names("layer_types")) - {"indexed_attention"}:
         raise ValueError(f"config.json: 'layer_types' = {fields.raw['layer_types']} is not supported")
     attention = mla(fields)
     own = indexer(fields, attention, interleaved=interleaved_index)
@@ -254,20 +266,42 @@ def sparse_attention_model(fields: Fields, *, interleaved_index: bool) -> ModelC
     return model(fields, layers)
 
 
+def _eos_ids(fields: Fields) -> tuple[int, ...]:
+    eos = fields.get("eos_token_id", [])
+    ids = eos if isinstance(eos, list) else [eos]
+    if not all(type(token) is int for token in ids):
+        raise ValueError(f"config.json: 'eos_token_id' must be a token id or a list of them, not {eos!r}")
+    return tuple(ids)
+
+
 def _longest(fields: Fields, layers: tuple[LayerConfig, ...]) -> int:
-    """Positions that the model is meant for: the trained ones, times what `dynamic` rope stretches them by."""
+    """Positions that the model is meant for, from `max_position_embeddings` and what rope stretches.
+
+    `linear` and `dynamic`: times the factor (configs keep the trained length there; vLLM reads them so too). `yarn`:
+    the original length times the factor, where the config has not raised `max_position_embeddings` to it already.
+    `llama3`: as it stands.
+    """
+    positions = fields.positive("max_position_embeddings")
     mixers = (block.operation for layer in layers for block in layer)
     ropes = [mixer.rope for mixer in mixers if isinstance(mixer, GQAConfig | MLAConfig) and mixer.rope]
-    stretch = max((rope.scaling.factor for rope in ropes if rope.scaling.kind == "dynamic"), default=1.0)
-    return int(fields.positive("max_position_embeddings") * stretch)
+    return max((_stretched(positions, rope.scaling) for rope in ropes), default=positions)
+
+
+def _stretched(positions: int, scaling: RopeScaling) -> int:
+    if scaling.kind in ("linear", "dynamic"):
+        return int(positions * scaling.factor)
+    if scaling.kind == "yarn":
+        return max(positions, int(scaling.original_max_positions * scaling.factor))
+    return positions
 
 
 def _fp8_blocks(fields: Fields) -> Fp8Blocks | None:
-    quantization = fields.get("quantization_config")
-    if quantization is None:
+    quantization = fields.mapping("quantization_config")
+    if not quantization:
         return None
-    blocks = quantization.get("weight_block_size")
-    if quantization.get("quant_method") != "fp8" or not blocks or quantization.get("fmt", "e4m3") != "e4m3":
-        method = quantization.get("quant_method")
+    method, blocks = quantization.get("quant_method"), quantization.get("weight_block_size")
+    if method != "fp8" or not blocks or quantization.get("fmt", "e4m3") != "e4m3":
         raise ValueError(f"config.json: 'quantization_config' = {method!r} is not supported (only fp8 e4m3 in blocks)")
-    return Fp8Blocks(*map(int, blocks))
+    if not isinstance(blocks, list) or len(blocks) != 2 or not all(type(size) is int and size > 0 for size in blocks):
+        raise ValueError(f"config.json: 'weight_block_size' must be two whole numbers above 0, not {blocks!r}")
+    return Fp8Blocks(*blocks)

@@ -9,6 +9,8 @@ NAMES = common.LLAMA_NAMES
 
 def read(fields: Fields) -> ModelConfig:
     """See `foveal.config.read_config`."""
+    fields.default(bos_token_id=1, eos_token_id=2, n_shared_experts=2)
+    fields.expect("rope_interleave", True)
     attention = common.mla(fields)
     feed_forwards = common.sparse_feed_forwards(fields, common.moe(fields, _router(fields)))
     return common.model(fields, tuple((BlockConfig(attention), BlockConfig(part)) for part in feed_forwards))
@@ -20,13 +22,13 @@ def _router(fields: Fields) -> RouterConfig:
     fields.expect("norm_topk_prob", False)
     fields.expect("topk_method", "greedy", "group_limited_greedy")
     grouped = fields.get("topk_method", "greedy") == "group_limited_greedy"
-    groups, kept = fields.get("n_group"), fields.get("topk_group")
+    fields.skip("n_group", "topk_group")  # greedy leaves them alone
     return RouterConfig(
         scoring="softmax",
         normalise=False,
-        scale=float(fields.get("routed_scaling_factor", 1.0)),
-        groups=int(groups) if grouped else 1,
-        groups_kept=int(kept) if grouped else 1,
+        scale=fields.number("routed_scaling_factor", 1.0),
+        groups=fields.positive("n_group") if grouped else 1,
+        groups_kept=fields.positive("topk_group") if grouped else 1,
         group_score="max",
         masked_score=0.0,
     )

@@ -16,6 +16,7 @@ NAMES = common.WeightNames(
 
 def read(fields: Fields) -> ModelConfig:
     """See `foveal.config.read_config`."""
+    fields.default(bos_token_id=1, eos_token_id=2, num_key_value_heads=8)
     attention, mamba, dense = common.gqa(fields, rope=False), _mamba(fields), common.mlp(fields)
     experts = MoEConfig(
         experts=fields.positive("num_experts", 16),
@@ -38,7 +39,7 @@ def read(fields: Fields) -> ModelConfig:
 
 
 def _pattern(fields: Fields, period: str, default_period: int, offset: str, default_offset: int) -> list[bool]:
-    step, start = fields.positive(period, default_period), int(fields.get(offset, default_offset))
+    step, start = fields.positive(period, default_period), fields.whole(offset, default_offset)
     if start >= step:
         raise ValueError(f"config.json: '{offset}' = {start} must be below '{period}' = {step}")
     return [layer % step == start for layer in range(fields.positive("num_hidden_layers"))]
@@ -53,7 +54,7 @@ def _mamba(fields: Fields) -> MambaConfig:
         inner=fields.positive("mamba_expand", 2) * hidden,
         state=fields.positive("mamba_d_state", 16),
         conv=fields.positive("mamba_d_conv", 4),
-        dt_rank=math.ceil(hidden / 16) if rank == "auto" else int(rank),
-        conv_bias=bool(fields.get("mamba_conv_bias", True)),
-        proj_bias=bool(fields.get("mamba_proj_bias", False)),
+        dt_rank=math.ceil(hidden / 16) if rank == "auto" else fields.positive("mamba_dt_rank"),
+        conv_bias=fields.flag("mamba_conv_bias", True),
+        proj_bias=fields.flag("mamba_proj_bias"),
     )

@@ -9,10 +9,11 @@ NAMES = common.LLAMA_NAMES
 
 def read(fields: Fields) -> ModelConfig:
     """See `foveal.config.read_config`."""
+    fields.default(bos_token_id=1, eos_token_id=2)
     fields.expect("rope_interleaved", False)
     fields.expect("pretraining_tp", 1)
-    bias = bool(fields.get("attention_bias", False))
+    bias = fields.flag("attention_bias")
     attention = common.gqa(fields, qkv_bias=bias, o_bias=bias)
-    feed_forward = common.mlp(fields, bias=bool(fields.get("mlp_bias", False)))
+    feed_forward = common.mlp(fields, bias=fields.flag("mlp_bias"))
     layer = (BlockConfig(attention), BlockConfig(feed_forward))
     return common.model(fields, (layer,) * fields.positive("num_hidden_layers"))

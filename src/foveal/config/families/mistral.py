@@ -9,8 +9,8 @@ NAMES = common.LLAMA_NAMES
 
 def read(fields: Fields) -> ModelConfig:
     """See `foveal.config.read_config`."""
-    # Absent means 4096 (the original release); null means none.
-    window = fields.get("sliding_window") if "sliding_window" in fields.raw else 4096
-    fields.skip("sliding_window")
-    layer = (BlockConfig(common.gqa(fields, window=window)), BlockConfig(common.mlp(fields)))
+    # No window is a null; left out it means that of the first release.
+    fields.default(bos_token_id=1, eos_token_id=2, num_key_value_heads=8, sliding_window=4096)
+    attention = common.gqa(fields, window=fields.positive_or_null("sliding_window"))
+    layer = (BlockConfig(attention), BlockConfig(common.mlp(fields)))
     return common.model(fields, (layer,) * fields.positive("num_hidden_layers"))

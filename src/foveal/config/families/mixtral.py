@@ -12,6 +12,7 @@ NAMES = common.WeightNames(
 
 def read(fields: Fields) -> ModelConfig:
     """See `foveal.config.read_config`."""
+    fields.default(bos_token_id=1, eos_token_id=2, num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1e6)
     experts = MoEConfig(
         experts=fields.positive("num_local_experts"),
         per_token=fields.positive("num_experts_per_tok"),
@@ -19,6 +20,6 @@ def read(fields: Fields) -> ModelConfig:
         router=RouterConfig(scoring="softmax", normalise=True),
         activation=common.activation(fields),
     )
-    attention = common.gqa(fields, window=fields.get("sliding_window"), default_theta=1e6)
+    attention = common.gqa(fields, window=fields.positive_or_null("sliding_window"))
     layer = (BlockConfig(attention), BlockConfig(experts))
     return common.model(fields, (layer,) * fields.positive("num_hidden_layers"))

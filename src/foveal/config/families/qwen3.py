@@ -9,8 +9,8 @@ NAMES = common.LLAMA_NAMES
 
 def read(fields: Fields) -> ModelConfig:
     """See `foveal.config.read_config`."""
-    fields.raw.setdefault("head_dim", 128)
-    bias = bool(fields.get("attention_bias", False))
+    fields.default(num_key_value_heads=32, sliding_window=4096, head_dim=128)
+    bias = fields.flag("attention_bias")
     feed_forward = BlockConfig(common.mlp(fields))
     layers = tuple(
         (BlockConfig(common.gqa(fields, qkv_bias=bias, o_bias=bias, qk_norm=True, window=window)), feed_forward)
