@@ -18,7 +18,7 @@ help:
 	@echo "make clean   remove $(VENV) and what tools left behind"
 
 demo: $(VENV)/.installed-demo
-	$(BIN)/foveal generate smollm2 "What is the capital of France?" --chat --dtype float32 --max-tokens 64
+	$(BIN)/foveal generate smollm2 "What is the capital of France?" --chat --max-tokens 64
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)

@@ -226,14 +226,16 @@ class Contender:
         return Row(f"{self.name} {what}", self.dtype, theirs, ours, setup)
 
 
-def contenders(dtypes: list[str]) -> Iterator[tuple[Contender, list[Case]]]:
-    """Every checkpoint in every dtype with its cases, one at a time."""
+def contenders(dtypes: list[str], only: str | None) -> Iterator[tuple[Contender, list[Case]]]:
+    """Every checkpoint, or the one named, in every dtype with its cases, one at a time."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = [
             ("SmolLM2-135M", resolve_model("smollm2"), [Case(1, 512), Case(8, 512)]),
             ("DSA-29M", random_dsa(Path(folder)), [Case(1, 1024), Case(1, 4096)]),
         ]
         for name, path, cases in checkpoints:
+            if only not in (None, name):
+                continue
             for dtype in dtypes:
                 # Prompts repeat here; a prefix hit would leave nothing to prefill.
                 # transformers keeps index keys in the model's dtype, so both do here.
@@ -280,6 +282,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--threads", type=int, help="torch threads on both sides (default: torch's choice)")
     parser.add_argument("--quick", action="store_true", help="float32 only, one prefill and a few steps of each")
+    parser.add_argument("--only", choices=["SmolLM2-135M", "DSA-29M"], help="one of the two models")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     if arguments.threads:
@@ -287,7 +290,8 @@ def main() -> None:
     effort = Effort(prefills=1, steps=4) if arguments.quick else Effort(prefills=3, steps=20)
     dtypes = ["float32"] if arguments.quick else ["float32", "bfloat16"]
 
-    rows = [row for contender, cases in contenders(dtypes) for case in cases for row in contender.compare(case, effort)]
+    pairs = contenders(dtypes, arguments.only)
+    rows = [row for contender, cases in pairs for case in cases for row in contender.compare(case, effort)]
     print_rows(rows, as_json=arguments.json)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from foveal import load_model
 from foveal.cache.store import CacheStore, plan_cache
 from foveal.models import Decoder
+from foveal.nn import mla
 from foveal.nn.batch import Batch
 from foveal.nn.mla import MLA
 
@@ -109,3 +110,13 @@ def test_gradients_reach_every_weight(folder: Path) -> None:
     model(torch.randint(3, VOCAB, (2, 30))).square().sum().backward()
     without = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]
     assert without and all("indexer" in name for name in without)
+
+
+@torch.no_grad()
+def test_heads_in_groups(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads expanded one at a time getting each other's weights or queries."""
+    model = load_model(folder, dtype="float32", mla_form="expanded")
+    ids = torch.randint(3, VOCAB, (2, 40))
+    together = model(ids)
+    monkeypatch.setattr(mla, "EXPANDED_NUMBERS", 1)
+    assert torch.allclose(model(ids), together, atol=1e-4)

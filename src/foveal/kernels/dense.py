@@ -145,18 +145,15 @@ def widened(scores: Tensor) -> Tensor:
 
 def _decode(q_SHP: Tensor, keys: KeySource, values: KeySource, scale: float, window: int | None) -> Tensor:
     """One query a sequence: all sequences in one product, padded to the longest context behind a mask."""
-    k_SNGP, v_SNGV = keys.padded(), values.padded()
-    sequences, longest, groups, _ = k_SNGP.shape
+    k_SGNP, v_SGNV = keys.padded(), values.padded()
+    sequences, groups, longest, _ = k_SGNP.shape
     length_S = torch.tensor(keys.contexts.lengths, device=q_SHP.device)[:, None]
     position_N = torch.arange(longest, device=q_SHP.device)
     mask_SN = position_N < length_S
     if window:
         mask_SN &= position_N >= length_S - window
     q_XQP = q_SHP.unflatten(1, (groups, -1)).flatten(0, 1)
-    k_XNP, v_XNV = (x.transpose(1, 2).flatten(0, 1) for x in (k_SNGP, v_SNGV))
-    mask_X1N = mask_SN.repeat_interleave(groups, 0)[:, None]
-    if mask_SN.all():
-        out_XQV = softmax_attention(q_XQP, k_XNP, v_XNV, None, scale)
-    else:
-        out_XQV = softmax_attention(q_XQP, k_XNP, v_XNV, mask_X1N, scale)
+    k_XNP, v_XNV = k_SGNP.flatten(0, 1), v_SGNV.flatten(0, 1)
+    mask_X1N = None if mask_SN.all() else mask_SN.repeat_interleave(groups, 0)[:, None]
+    out_XQV = softmax_attention(q_XQP, k_XNP, v_XNV, mask_X1N, scale)
     return out_XQV.unflatten(0, (sequences, groups)).flatten(1, 2)

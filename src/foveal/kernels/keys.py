@@ -122,8 +122,16 @@ class KeySource:
         return self.records.read(self.contexts.rows(sequence, start, stop))
 
     def padded(self) -> Tensor:
-        """Every sequence's rows side by side, [S, longest, ...]; past a sequence's length they mean nothing."""
-        return self.records.read(self.contexts.padded_SN)
+        """Every sequence's rows [G, P] side by side by head, [S, G, longest, P]; past a sequence's length they mean
+        nothing."""
+        rows_SN = self.contexts.padded_SN
+        if not isinstance(self.records, Rows):
+            return self.records.read(rows_SN).transpose(1, 2)
+        # Gathered head by head, which saves a copy of everything into that order.
+        values_RGP = self.records.values
+        groups = values_RGP.shape[1]
+        head_G1 = torch.arange(groups, device=rows_SN.device)[:, None]
+        return take_rows(values_RGP.flatten(0, 1), rows_SN[:, None] * groups + head_G1)
 
     def select(self, sequence: int, positions_TK: Tensor) -> Tensor:
         """Rows of chosen positions (all >= 0) of a sequence: [T, K, ...]."""
