@@ -18,7 +18,7 @@ from foveal.engine.params import SamplingParams
 from foveal.engine.request import Request
 from foveal.engine.runner import Runner
 from foveal.engine.scheduler import Scheduler
-from foveal.models.load import generation_defaults, load_model
+from foveal.models.load import dtype_name, generation_defaults, load_model
 from foveal.models.resolve import resolve_model
 from foveal.models.tokenizer import load_tokenizer
 
@@ -73,12 +73,13 @@ class LLM:
     ) -> None:
         path = resolve_model(str(model))
         self.tokenizer = None if skip_tokenizer_init else tokenizer or _tokenizer(path)
-        decoder = load_model(path, dtype=dtype, device=device, index_dtype=_name(index_dtype), mla_form=mla_form)
+        index_name = dtype_name(index_dtype)
+        decoder = load_model(path, dtype=dtype, device=device, index_dtype=index_name, mla_form=mla_form)
         if not enforce_eager:
             decoder.pack()
         config = decoder.config
         length = _model_length(max_model_len, config.max_positions)
-        plan = plan_cache(config, decoder.options.dtype, _name(kv_cache_dtype), _name(index_dtype))
+        plan = plan_cache(config, decoder.options.dtype, dtype_name(kv_cache_dtype), index_name)
         demand = CacheDemand(max_num_seqs, length, whole=max_model_len is not None)
         pages = cache_pages(plan, demand, kv_cache_memory, device)
         slots = max_num_seqs + 1 if plan.has_slots else 0
@@ -217,10 +218,6 @@ def chat_prompt(tokenizer: Any, messages: Messages) -> dict[str, Any]:
 
 def _tokenizer(path: Path) -> Any:
     return load_tokenizer(path)  # typed by transformers, whose decode may give lists of texts
-
-
-def _name(dtype: str | torch.dtype) -> str:
-    return "fp8" if dtype == torch.float8_e4m3fn else str(dtype).removeprefix("torch.")
 
 
 def _model_length(asked: int | None, most: int) -> int:

@@ -40,8 +40,8 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class StepLogits:
-    """The logits of a step, [L, V] in the model's dtype, and which rows of them belong to each chunk of the plan: one
-    for each of its last tokens, as many as `wanted_rows` says."""
+    """The logits of a step, [L, V] as the model gives them, and which rows belong to each chunk of the plan: one for
+    each of its last tokens, as many as `wanted_rows` says."""
 
     logits_LV: Tensor
     rows: list[range]

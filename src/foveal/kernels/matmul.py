@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as plain_linear
 
-# A product with packed weights takes 15 us more to start, which small float32 ones do not earn back for one row.
+# A product with packed weights takes longer to start, which small ones do not earn back for one row.
 _SMALLEST_PACKED = {torch.float32: 1 << 16, torch.bfloat16: 1 << 14}
 
 

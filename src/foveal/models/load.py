@@ -43,7 +43,7 @@ def load_model(
     """
     target = _device(device)
     checkpoint = open_checkpoint(path)
-    options = Options(_dtype(dtype, checkpoint), _index_name(index_dtype), mla_form)
+    options = Options(_dtype(dtype, checkpoint), dtype_name(index_dtype), mla_form)
     _check_options(options, checkpoint.config)
     with torch.device("meta"):  # shapes only, until it is known that everything fits
         decoder = Decoder(checkpoint.config, options)
@@ -86,8 +86,9 @@ def _dtype(wanted: str | torch.dtype, checkpoint: Checkpoint) -> torch.dtype:
     return _DTYPES[str(wanted)]
 
 
-def _index_name(wanted: str | torch.dtype) -> str:
-    return "fp8" if wanted == torch.float8_e4m3fn else str(wanted).removeprefix("torch.")
+def dtype_name(dtype: str | torch.dtype) -> str:
+    """The name of a cache dtype that was given by name or as a torch dtype: float8_e4m3fn is "fp8"."""
+    return "fp8" if dtype == torch.float8_e4m3fn else str(dtype).removeprefix("torch.")
 
 
 def _check_options(options: Options, config: ModelConfig) -> None:
