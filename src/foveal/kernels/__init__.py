@@ -2,11 +2,13 @@
 
 from typing import Any
 
+from foveal.kernels import cpu as _cpu
 from foveal.kernels.dense import attention
 from foveal.kernels.dispatch import Operation
 from foveal.kernels.keys import Columns, Contexts, KeySource, OneHead, Queries, Rows
 from foveal.kernels.matmul import linear, pack_weight
 from foveal.kernels.moe import experts
+from foveal.kernels.norm import add_rms_norm, rms_norm
 from foveal.kernels.quantise import hadamard, quantise_e4m3
 from foveal.kernels.rope import apply_rope
 from foveal.kernels.scan import causal_conv, selective_scan
@@ -21,6 +23,7 @@ __all__ = [
     "Operation",
     "Queries",
     "Rows",
+    "add_rms_norm",
     "apply_rope",
     "attention",
     "causal_conv",
@@ -30,12 +33,16 @@ __all__ = [
     "operations",
     "pack_weight",
     "quantise_e4m3",
+    "rms_norm",
     "select",
     "selective_scan",
     "sparse_attention",
 ]
 
 
+del _cpu  # importing it registered the compiled versions
+
+
 def operations() -> tuple[Operation[..., Any], ...]:
     """Every operation that has versions to choose from."""
-    return (attention, sparse_attention, select, experts, causal_conv, selective_scan)
+    return (attention, sparse_attention, select, experts, causal_conv, selective_scan, rms_norm, add_rms_norm)

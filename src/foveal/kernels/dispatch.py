@@ -1,6 +1,6 @@
-"""How an operation finds the version that runs: by device and by whether gradients are needed, or by name."""
+"""How an operation finds the version that runs: by device, gradients and what a version can take, or by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -19,6 +19,8 @@ class Version(Generic[Params, Result]):
     run: Callable[Params, Result]
     differentiable: bool
     devices: tuple[str, ...]
+    accepts: Callable[Params, bool] | None
+    """Whether it can serve some arguments; None: it serves all."""
 
 
 class Operation(Generic[Params, Result]):
@@ -31,15 +33,20 @@ class Operation(Generic[Params, Result]):
         self.name = name
         self.__doc__ = doc
         self._versions: dict[str, Version[Params, Result]] = {}
-        self._add("reference", reference, differentiable, ("cpu", "cuda"))
+        self._add(Version("reference", reference, differentiable, ("cpu", "cuda"), None))
 
     def add(
-        self, name: str, *, differentiable: bool, devices: tuple[str, ...] = ("cpu", "cuda")
+        self,
+        name: str,
+        *,
+        differentiable: bool,
+        devices: tuple[str, ...] = ("cpu", "cuda"),
+        accepts: Callable[Params, bool] | None = None,
     ) -> Callable[[Callable[Params, Result]], Callable[Params, Result]]:
-        """Register a version (a decorator). Later ones are preferred."""
+        """Register a version (a decorator). Later ones are preferred, for arguments that they accept."""
 
         def register(function: Callable[Params, Result]) -> Callable[Params, Result]:
-            self._add(name, function, differentiable, devices)
+            self._add(Version(name, function, differentiable, devices, accepts))
             return function
 
         return register
@@ -50,35 +57,50 @@ class Operation(Generic[Params, Result]):
         return tuple(self._versions)
 
     def chosen(self, device: str = "cpu", *, gradients: bool = False) -> str:
-        """The version that a call on `device` runs."""
-        return self._choose(device, gradients).name
+        """The version that a call on `device` runs, for arguments that every version accepts."""
+        return next(self._candidates(device, gradients)).name
 
     def __call__(self, *args: Params.args, **kwargs: Params.kwargs) -> Result:
-        """Run the preferred version for the tensors given. ValueError where a forced one cannot serve them."""
-        forced = kwargs.pop("version", None)
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        device = tensors[0].device.type
-        if forced is None:
-            return self._choose(device, gradients).run(*args, **kwargs)
-        version = self._versions.get(str(forced))
+        """Run the preferred version for the arguments given. ValueError where a forced one cannot serve them."""
+        forced = kwargs.pop("version", None) if kwargs else None
+        gradients = torch.is_grad_enabled() and any(
+            isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values())
+        )
+        device = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).device.type
+        if forced is not None:
+            return self._forced(str(forced), device, gradients, args, kwargs)
+        for version in self._candidates(device, gradients):
+            if version.accepts is None or version.accepts(*args, **kwargs):
+                return version.run(*args, **kwargs)
+        raise AssertionError("references accept everything")
+
+    def _forced(self, name: str, device: str, gradients: bool, args: Any, kwargs: Any) -> Result:
+        version = self._versions.get(name)
         if version is None:
-            raise ValueError(f"{self.name} has no version {forced!r} (only {', '.join(self.versions)})")
+            raise ValueError(f"{self.name} has no version {name!r} (only {', '.join(self.versions)})")
         if gradients and not version.differentiable:
-            raise ValueError(f"{self.name}: version {forced!r} is not differentiable, and gradients are needed")
+            raise ValueError(f"{self.name}: version {name!r} is not differentiable, and gradients are needed")
         if device not in version.devices:
-            raise ValueError(f"{self.name}: version {forced!r} does not run on {device}")
+            raise ValueError(f"{self.name}: version {name!r} does not run on {device}")
+        if version.accepts is not None and not version.accepts(*args, **kwargs):
+            dtypes = [str(value.dtype) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            raise ValueError(f"{self.name}: version {name!r} cannot take these arguments ({', '.join(dtypes)})")
         return version.run(*args, **kwargs)
 
-    def _add(self, name: str, run: Callable[Params, Result], differentiable: bool, devices: tuple[str, ...]) -> None:
-        assert name not in self._versions
-        self._versions[name] = Version(name, run, differentiable, devices)
+    def _add(self, version: Version[Params, Result]) -> None:
+        assert version.name not in self._versions
+        self._versions[version.name] = version
+        self._preferred = tuple(reversed(self._versions.values()))
 
-    def _choose(self, device: str, gradients: bool) -> Version[Params, Result]:
-        for version in reversed(self._versions.values()):
+    def _candidates(self, device: str, gradients: bool) -> Iterator[Version[Params, Result]]:
+        """Versions that run here, the preferred one first."""
+        found = False
+        for version in self._preferred:
             if device in version.devices and (version.differentiable or not gradients):
-                return version
-        raise ValueError(f"{self.name} has no version for {device}" + (" with gradients" if gradients else ""))
+                found = True
+                yield version
+        if not found:
+            raise ValueError(f"{self.name} has no version for {device}" + (" with gradients" if gradients else ""))
 
 
 def operation(*, differentiable: bool) -> Callable[[Callable[Params, Result]], Operation[Params, Result]]:

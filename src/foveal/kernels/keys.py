@@ -33,6 +33,11 @@ class Queries:
         """Queries of each sequence."""
         return tuple(stop - start for start, stop in pairwise(self.offsets))
 
+    @cached_property
+    def block(self) -> Tensor:
+        """int64 [2 S + 1]: offsets, then positions, for kernels that take addresses."""
+        return torch.tensor((*self.offsets, *self.positions), dtype=torch.int64)
+
     @property
     def single(self) -> bool:
         """Every sequence has one query (a decode step)."""
@@ -49,6 +54,11 @@ class Contexts:
     """First row of a sequence whose rows follow one another, otherwise -1."""
     table_SB: Tensor | None = None
     """int64 page ids by sequence; None: every sequence's rows follow one another."""
+
+    @cached_property
+    def block(self) -> Tensor:
+        """int64 [2 S]: lengths, then starts, for kernels that take addresses."""
+        return torch.tensor((*self.lengths, *self.starts), dtype=torch.int64)
 
     @staticmethod
     def packed(lengths: Sequence[int]) -> "Contexts":

@@ -1,0 +1,47 @@
+// The Python module foveal.kernels.cpu._native: a submodule for each instruction set that this machine has.
+#include "bindings/bindings.h"
+#include "common/parallel.h"
+
+namespace foveal {
+namespace {
+
+bool machine_has(Isa isa) {
+#if defined(FOVEAL_EMULATED)
+  return true;
+#elif defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  switch (isa) {
+    case avx2_isa:
+      return avx2;
+    case avx512_isa:
+      return avx512;
+    case avx512_bf16_isa:
+      return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+             __builtin_cpu_supports("avx512vbmi");
+    default:
+      return true;
+  }
+#else
+  return true;
+#endif
+}
+
+void add_instruction_set(nb::module_& parent, Isa isa, const char* name) {
+  if (!machine_has(isa)) return;
+  nb::module_ module = parent.def_submodule(name);
+  bind_norm(module, isa);
+}
+
+}  // namespace
+
+NB_MODULE(_native, module) {
+#define FOVEAL_ADD(isa) add_instruction_set(module, isa##_isa, #isa);
+  FOVEAL_FOR_EACH_ISA(FOVEAL_ADD)
+#undef FOVEAL_ADD
+  module.def("pool_name", &pool_name);
+}
+
+}  // namespace foveal

@@ -1,0 +1,8 @@
+"""The compiled kernels for CPUs (C++ in csrc/): each file checks its arguments and passes addresses on.
+
+Importing this room registers them as further versions of the operations, one for each instruction set.
+"""
+
+from foveal.kernels.cpu import norm
+
+__all__ = ["norm"]
