@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 EXTRAS_demo :=
 EXTRAS_test := [test]
 EXTRAS_lint := [lint]
+EXTRAS_emulated := [test,compile]
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint format emulated clean
 .SECONDARY:
 
 help:
@@ -15,6 +16,7 @@ help:
 	@echo "make test    install and run the tests"
 	@echo "make lint    install and run ruff, mypy and import-linter"
 	@echo "make format  let ruff format and fix the sources"
+	@echo "make emulated  test the AVX-512 kernels in software, on a machine without them (needs the headers of SIMDe 0.8.2 or newer)"
 	@echo "make clean   remove $(VENV) and what tools left behind"
 
 demo: $(VENV)/.installed-demo
@@ -32,6 +34,15 @@ lint: $(VENV)/.installed-lint
 format: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# A copy of the sources with an extension in which AVX-512 is emulated; slow.
+emulated: $(VENV)/.installed-emulated
+	mkdir -p build/emulated && rm -rf build/emulated/src && cp -r src build/emulated/src
+	$(BIN)/cmake -S csrc/cmake -B build/emulated/cmake -G Ninja -DFOVEAL_EMULATED=ON -DCMAKE_CXX_FLAGS="$(if $(SIMDE),-isystem $(SIMDE))" \
+	    -DFOVEAL_OUTPUT=$(CURDIR)/build/emulated/src/foveal/kernels/cpu \
+	    -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
+	$(BIN)/cmake --build build/emulated/cmake
+	PYTHONPATH=build/emulated/src $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/kernels/cpu
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,7 +1,5 @@
 """The compiled versions that this machine can run, for tests of every one of them."""
 
-import os
-
 import pytest
 
 from foveal.kernels.cpu.library import instruction_sets
@@ -11,7 +9,3 @@ ISAS = [kernels.isa for kernels in instruction_sets()]
 each_isa = pytest.mark.parametrize("isa", ISAS or [pytest.param(None, marks=pytest.mark.skip("no compiled kernels"))])
 """Runs a test once for each instruction set, as the argument `isa`: the `version` to force."""
 
-
-def expect_all() -> bool:
-    """Whether the compiled kernels have to be there (CI sets FOVEAL_EXPECT_NATIVE)."""
-    return os.environ.get("FOVEAL_EXPECT_NATIVE") == "1"

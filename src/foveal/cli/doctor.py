@@ -25,6 +25,7 @@ def doctor(as_json: Json = False) -> None:
         "processor": _processor(Path("/proc/cpuinfo")),
         "memory": _memory(),
         "torch": _torch(),
+        "compiled kernels": _compiled_kernels(),
         "operations": _operations(),
     }
     if as_json:
@@ -80,6 +81,18 @@ def _torch() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "instruction set": torch.backends.cpu.get_cpu_capability(),
         "cuda devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+def _compiled_kernels() -> dict[str, Any]:
+    from foveal.kernels.cpu import library
+
+    if not library.installed():
+        return {"installed": "no: there was no C++ compiler when foveal was installed; torch does their work, slower"}
+    return {
+        "installed": "yes",
+        "instruction sets": [kernels.isa for kernels in library.instruction_sets()],
+        "threads from": library.pool_name(),
     }
 
 

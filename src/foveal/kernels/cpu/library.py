@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Concatenate
 
 import torch
@@ -17,6 +18,7 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
 LIMIT = "FOVEAL_ISA"
 """The environment variable that names the highest instruction set to use; "none": no compiled kernels."""
 
+_EXTENSION = "foveal.kernels.cpu._native"
 # The numbers of `Format` in csrc/common/numbers.h.
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.int8: 3}
 
@@ -46,6 +48,11 @@ def instruction_sets() -> tuple[Kernels, ...]:
     return tuple(Kernels(isa, getattr(extension, isa)) for isa in offered[: offered.index(limit) + 1])
 
 
+def installed() -> bool:
+    """Whether the extension is there."""
+    return _extension() is not None
+
+
 def pool_name() -> str | None:
     """Whose threads the kernels run on; None without the extension."""
     extension = _extension()
@@ -53,10 +60,9 @@ def pool_name() -> str | None:
 
 
 def _extension() -> Any:
-    try:
-        return import_module("foveal.kernels.cpu._native")
-    except ModuleNotFoundError:
+    if find_spec(_EXTENSION) is None:
         return None
+    return import_module(_EXTENSION)
 
 
 def compiled(
