@@ -6,7 +6,6 @@ BIN := $(VENV)/bin
 EXTRAS_demo :=
 EXTRAS_test := [test]
 EXTRAS_lint := [lint]
-EXTRAS_emulated := [test,compile]
 
 .PHONY: help demo test lint format emulated clean
 .SECONDARY:
@@ -35,14 +34,11 @@ format: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# A copy of the sources with an extension in which AVX-512 is emulated; slow.
-emulated: $(VENV)/.installed-emulated
-	mkdir -p build/emulated && rm -rf build/emulated/src && cp -r src build/emulated/src
-	$(BIN)/cmake -S csrc/cmake -B build/emulated/cmake -G Ninja -DFOVEAL_EMULATED=ON -DCMAKE_CXX_FLAGS="$(if $(SIMDE),-isystem $(SIMDE))" \
-	    -DFOVEAL_OUTPUT=$(CURDIR)/build/emulated/src/foveal/kernels/cpu \
-	    -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
-	$(BIN)/cmake --build build/emulated/cmake
-	PYTHONPATH=build/emulated/src $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/kernels/cpu
+# An installation of its own, with an extension in which AVX-512 is emulated; slow.
+emulated:
+	$(PYTHON) -m venv build/emulated
+	build/emulated/bin/python -m pip install --quiet -C cmake.define.FOVEAL_EMULATED=ON '.[test]'
+	FOVEAL_EXPECT_COMPILED=1 build/emulated/bin/python -m pytest $(PYTEST_FLAGS) tests/kernels/cpu
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
