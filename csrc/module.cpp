@@ -32,6 +32,7 @@ bool machine_has(Isa isa) {
 void add_instruction_set(nb::module_& parent, Isa isa, const char* name) {
   if (!machine_has(isa)) return;
   nb::module_ module = parent.def_submodule(name);
+  bind_linear(module, isa);
   bind_norm(module, isa);
   bind_peak(module, isa);
 }

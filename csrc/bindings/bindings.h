@@ -28,6 +28,7 @@ T* writing(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+void bind_linear(nb::module_& module, Isa isa);
 void bind_norm(nb::module_& module, Isa isa);
 void bind_peak(nb::module_& module, Isa isa);
 

@@ -6,7 +6,7 @@ from foveal.kernels import cpu as _cpu
 from foveal.kernels.dense import attention
 from foveal.kernels.dispatch import Operation
 from foveal.kernels.keys import Columns, Contexts, KeySource, OneHead, Queries, Rows
-from foveal.kernels.matmul import linear, pack_weight
+from foveal.kernels.matmul import QuantisedWeight, linear, pack_weight, quantise_weight
 from foveal.kernels.moe import experts
 from foveal.kernels.norm import add_rms_norm, rms_norm
 from foveal.kernels.quantise import hadamard, quantise_e4m3
@@ -21,6 +21,7 @@ __all__ = [
     "KeySource",
     "OneHead",
     "Operation",
+    "QuantisedWeight",
     "Queries",
     "Rows",
     "add_rms_norm",
@@ -33,6 +34,7 @@ __all__ = [
     "operations",
     "pack_weight",
     "quantise_e4m3",
+    "quantise_weight",
     "rms_norm",
     "select",
     "selective_scan",
@@ -45,4 +47,4 @@ del _cpu  # importing it registered the compiled versions
 
 def operations() -> tuple[Operation[..., Any], ...]:
     """Every operation that has versions to choose from."""
-    return (attention, sparse_attention, select, experts, causal_conv, selective_scan, rms_norm, add_rms_norm)
+    return (linear, attention, sparse_attention, select, experts, causal_conv, selective_scan, rms_norm, add_rms_norm)

@@ -1,0 +1,84 @@
+// The product of prepared activations and any part of a weight, for one thread. linear.cpp and experts.cpp divide the work.
+#pragma once
+
+#include "kernels/linear_rows.h"
+
+namespace foveal::FOVEAL_ISA {
+
+constexpr int64_t STRIP_BYTES = 128 << 10;  // of weights that stay in L2 while several rows of activations meet them
+
+#if defined(FOVEAL_AVX512)
+template <int M>
+constexpr int ROWS_FOR = 4;
+#else
+template <int M>
+constexpr int ROWS_FOR = M <= 2 ? 4 : 2;
+#endif
+
+template <class Kind>
+inline void weights_of_any(const Corner& at, int64_t count, int64_t rows) {
+  switch (rows) {
+    case 1:
+      return weights_of<Kind, ROWS_FOR<1>, 1>(at, count);
+    case 2:
+      return weights_of<Kind, ROWS_FOR<2>, 2>(at, count);
+    case 3:
+      return weights_of<Kind, ROWS_FOR<3>, 3>(at, count);
+    default:
+      return weights_of<Kind, ROWS_FOR<4>, 4>(at, count);
+  }
+}
+
+inline int64_t row_bytes(const Weight& weight) {
+  switch (weight.coding) {
+    case Coding::f32:
+      return weight.inputs * 4;
+    case Coding::bf16:
+      return weight.inputs * 2;
+    case Coding::int8:
+      return weight.inputs;
+    default:
+      return weight.inputs / 2;
+  }
+}
+
+// Strips of weights, each for all rows of activations.
+template <class Kind>
+void strips(const Corner& at, int64_t count, int64_t rows) {
+  const int64_t strip = (STRIP_BYTES / row_bytes(at.weight) / ROWS_AT_ONCE + 1) * ROWS_AT_ONCE;
+  for (int64_t o = 0; o < count; o += strip) {
+    const int64_t here = o + strip < count ? strip : count - o;
+    for (int64_t m = 0; m < rows; m += 4) {
+      Corner part = at;
+      part.first += o;
+      part.row += m;
+      part.c += m * at.c_stride + o;
+      weights_of_any<Kind>(part, here, rows - m < 4 ? rows - m : 4);
+    }
+  }
+}
+
+// Floats of scratch that `product` needs.
+inline int64_t product_scratch(const Activations& a) { return ROWS_AT_ONCE * a.groups; }
+
+// c[m * c_stride + o] = activations[row + m] . weight[first + o], for m < rows and o < count.
+inline void product(const Weight& weight, const Activations& a, int64_t row, int64_t rows, int64_t first, int64_t count,
+                    float* c, int64_t c_stride, float* scratch) {
+  // Short rows are soon followed by the next ones, long ones by themselves.
+  const int64_t strip = row_bytes(weight) * ROWS_AT_ONCE;
+  const Corner at{weight, a, first, row, c, c_stride, strip < 4096 ? strip : 1024, scratch};
+  switch (weight.coding) {
+    case Coding::f32:
+      return strips<Words<Floats>>(at, count, rows);
+    case Coding::bf16:
+      return strips<Words<Bf16s>>(at, count, rows);
+    case Coding::int8:
+      return strips<Int8s>(at, count, rows);
+    case Coding::int4:
+      if (weight.group == 32) return strips<Int4s<32>>(at, count, rows);
+      if (weight.group == 64) return strips<Int4s<64>>(at, count, rows);
+      return strips<Int4s<128>>(at, count, rows);
+  }
+}
+
+}  // namespace foveal::FOVEAL_ISA
