@@ -29,5 +29,6 @@ T* writing(Address address) {
 }
 
 void bind_norm(nb::module_& module, Isa isa);
+void bind_flash(nb::module_& module, Isa isa);
 
 }  // namespace foveal
