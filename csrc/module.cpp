@@ -35,6 +35,7 @@ void add_instruction_set(nb::module_& parent, Isa isa, const char* name) {
   bind_linear(module, isa);
   bind_norm(module, isa);
   bind_peak(module, isa);
+  bind_flash(module, isa);
 }
 
 }  // namespace

@@ -31,5 +31,6 @@ T* writing(Address address) {
 void bind_linear(nb::module_& module, Isa isa);
 void bind_norm(nb::module_& module, Isa isa);
 void bind_peak(nb::module_& module, Isa isa);
+void bind_flash(nb::module_& module, Isa isa);
 
 }  // namespace foveal

@@ -18,7 +18,7 @@ struct Sequences {
   int64_t table_stride;
 
   // The stored row of a position of sequence s.
-  int64_t row(int64_t s, int64_t position) const {
+  __attribute__((always_inline)) int64_t row(int64_t s, int64_t position) const {
     if (starts[s] >= 0) return starts[s] + position;
     return table[s * table_stride + position / PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE;
   }

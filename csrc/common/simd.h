@@ -45,9 +45,18 @@ FOVEAL_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c
 FOVEAL_INLINE F32 max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
 FOVEAL_INLINE F32 min(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }
 FOVEAL_INLINE float sum(F32 x) { return _mm512_reduce_add_ps(x.v); }
+FOVEAL_INLINE __m256 sum_of_halves(F32 x) {
+  return _mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+}
+// p[0..3] = sums of a, b, c, d.
+FOVEAL_INLINE void store_sums(float* p, F32 a, F32 b, F32 c, F32 d) {
+  const __m256 ab = _mm256_hadd_ps(sum_of_halves(a), sum_of_halves(b));
+  const __m256 all = _mm256_hadd_ps(ab, _mm256_hadd_ps(sum_of_halves(c), sum_of_halves(d)));
+  _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+}
 FOVEAL_INLINE float maximum(F32 x) { return _mm512_reduce_max_ps(x.v); }
 FOVEAL_INLINE F32 round(F32 x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-// x 2^n for whole n in [-126, 127].
+// x 2^n for whole n in [-126, 127]; 0 for n = -127.
 FOVEAL_INLINE F32 scale2(F32 x, F32 n) {
   const __m512i exponent = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23);
   return {_mm512_mul_ps(x.v, _mm512_castsi512_ps(exponent))};
@@ -109,13 +118,18 @@ FOVEAL_INLINE float sum(F32 x) {
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
+// p[0..3] = sums of a, b, c, d.
+FOVEAL_INLINE void store_sums(float* p, F32 a, F32 b, F32 c, F32 d) {
+  const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
+  _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+}
 FOVEAL_INLINE float maximum(F32 x) {
   __m128 half = _mm_max_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
   half = _mm_max_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
 }
 FOVEAL_INLINE F32 round(F32 x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-// x 2^n for whole n in [-126, 127].
+// x 2^n for whole n in [-126, 127]; 0 for n = -127.
 FOVEAL_INLINE F32 scale2(F32 x, F32 n) {
   const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
   return {_mm256_mul_ps(x.v, _mm256_castsi256_ps(exponent))};
@@ -189,13 +203,17 @@ FOVEAL_INLINE F32 min(F32 a, F32 b) { return each([&](int i) { return a.v[i] < b
 FOVEAL_INLINE float sum(F32 x) {
   return ((x.v[0] + x.v[4]) + (x.v[2] + x.v[6])) + ((x.v[1] + x.v[5]) + (x.v[3] + x.v[7]));
 }
+// p[0..3] = sums of a, b, c, d.
+FOVEAL_INLINE void store_sums(float* p, F32 a, F32 b, F32 c, F32 d) {
+  p[0] = sum(a), p[1] = sum(b), p[2] = sum(c), p[3] = sum(d);
+}
 FOVEAL_INLINE float maximum(F32 x) {
   float most = x.v[0];
   for (int i = 1; i < F32::width; ++i) most = x.v[i] > most ? x.v[i] : most;
   return most;
 }
 FOVEAL_INLINE F32 round(F32 x) { return each([&](int i) { return __builtin_rintf(x.v[i]); }); }
-// x 2^n for whole n in [-126, 127].
+// x 2^n for whole n in [-126, 127]; 0 for n = -127.
 FOVEAL_INLINE F32 scale2(F32 x, F32 n) {
   return each([&](int i) { return x.v[i] * from_bits(static_cast<uint32_t>(static_cast<int>(n.v[i]) + 127) << 23); });
 }
@@ -258,6 +276,18 @@ FOVEAL_INLINE F32 exp(F32 x) {
   p = fma(p, r, set1(5.0000001201e-1f));
   p = fma(p, r * r, r + set1(1.0f));
   return where_at_least(x, -87.0f, scale2(p, n));
+}
+
+// 2^x for x <= 127, relative error below 2e-7 (a minimax polynomial); exactly 0 below -126.5, so -inf gives 0. NaN stays NaN.
+FOVEAL_INLINE F32 exp2(F32 x) {
+  const F32 clamped = max(set1(-127.0f), x);
+  const F32 n = round(clamped), r = clamped - n;
+  F32 p = set1(1.3264727e-3f);
+  p = fma(p, r, set1(9.671513e-3f));
+  p = fma(p, r, set1(5.5507336e-2f));
+  p = fma(p, r, set1(2.4022242e-1f));
+  p = fma(p, r, set1(6.93147e-1f));
+  return scale2(fma(p, r, set1(1.0f)), n);
 }
 
 }  // namespace foveal::FOVEAL_ISA

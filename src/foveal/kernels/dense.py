@@ -21,13 +21,15 @@ def attention(
     *,
     scale: float,
     window: int | None = None,
+    sinks: int = 0,
     selection_TK: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of packed queries over the keys of their sequences.
 
     q_THP: [T, H, P]. keys and values: rows [G, P] and [G, V]; H is a multiple of G. A query at position i sees key
-    positions j <= i, of these the last `window`, and of these what `selection_TK` (int32 [T, K], -1 = none) names: with
-    a selection this is the *masked* form, dense in work; `sparse_attention` reads only what was selected.
+    positions j <= i, of these the last `window` and the first `sinks` (StreamingLLM, arXiv 2309.17453), and of these
+    what `selection_TK` (int32 [T, K], -1 = none) names: with a selection this is the *masked* form, dense in work;
+    `sparse_attention` reads only what was selected.
     Softmax of scale * q.k in float32. Returns [T, H, V] in q's dtype.
     """
     outputs = []
@@ -37,7 +39,9 @@ def attention(
         group = q_THP.shape[1] // k_NGP.shape[1]
         k_NHP, v_NHV = k_NGP.repeat_interleave(group, 1), v_NGV.repeat_interleave(group, 1)
         for t in range(count):
-            visible = torch.arange(max(0, first + t + 1 - window) if window else 0, first + t + 1, device=q_THP.device)
+            visible = torch.arange(first + t + 1, device=q_THP.device)
+            if window:
+                visible = visible[(visible > first + t - window) | (visible < sinks)]
             if selection_TK is not None:
                 visible = visible[torch.isin(visible, selection_TK[row + t])]
             scores_HN = widened(torch.einsum("hp,nhp->hn", q_THP[row + t], k_NHP[visible])) * scale
@@ -55,24 +59,35 @@ def _attention_tiled(
     *,
     scale: float,
     window: int | None = None,
+    sinks: int = 0,
     selection_TK: Tensor | None = None,
 ) -> Tensor:
+    if sinks < 0:
+        raise ValueError(f"sinks must not be negative, not {sinks}")
     paged = keys.contexts.table_SB is not None
     if paged and queries.single and selection_TK is None and _worth_padding(keys.contexts.lengths, window):
-        return _decode(q_THP, keys, values, scale, window)
+        return _decode(q_THP, keys, values, scale, window, sinks)
     parts = []
     for s, (row, count, first) in enumerate(queries):
+        stop = first + count
         start = max(0, first + 1 - window) if window else 0
-        k_NGP, v_NGV = (source.context(s, start, first + count) for source in (keys, values))
-        tile = max(1, TILE_SCORES // (q_THP.shape[1] * (first + count - start)))
+        gap = max(0, start - sinks)  # keys that nobody sees, after the sinks
+        k_NGP, v_NGV = (_around_gap(source, s, start, gap, stop) for source in (keys, values))
+        position_N = torch.arange(len(k_NGP), device=q_THP.device)
+        position_N[start - gap :] += gap
+        tile = max(1, TILE_SCORES // (q_THP.shape[1] * len(k_NGP)))
         for lower in range(0, count, tile):
             upper = min(lower + tile, count)
-            low = max(0, first + lower + 1 - window) - start if window else 0
-            high = first + upper - start
-            chosen_tK = None if selection_TK is None else selection_TK[row + lower : row + upper]
-            mask_tN = _visible(first + lower, upper - lower, start + low, start + high, window, chosen_tK, q_THP.device)
-            q_tHP = q_THP[row + lower : row + upper]
-            parts.append(_tile(q_tHP, k_NGP[low:high], v_NGV[low:high], mask_tN, scale))
+            low, high = (max(0, first + lower + 1 - window - gap) if window else 0), first + upper - gap
+            k_nGP, v_nGV, position_n = (_around(x, sinks, low, high) for x in (k_NGP, v_NGV, position_N))
+            mask_tn = None
+            if upper - lower > 1:
+                query_t = torch.arange(first + lower, first + upper, device=q_THP.device)
+                mask_tn = _visible(query_t, position_n, window, sinks)
+            if selection_TK is not None:
+                selected_tn = _selected(selection_TK[row + lower : row + upper], position_n, stop)
+                mask_tn = selected_tn if mask_tn is None else mask_tn & selected_tn
+            parts.append(_tile(q_THP[row + lower : row + upper], k_nGP, v_nGV, mask_tn, scale))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -83,29 +98,33 @@ def _worth_padding(lengths: tuple[int, ...], window: int | None) -> bool:
     return len(lengths) > 1 and len(lengths) * longest <= 2 * seen
 
 
-def _visible(
-    position: int,
-    count: int,
-    start: int,
-    stop: int,
-    window: int | None,
-    chosen_tK: Tensor | None,
-    device: torch.device,
-) -> Tensor | None:
-    """bool [t, n]: which of the keys at [start, stop) the queries at [position, position + count) see; None: all."""
-    if count == 1 and chosen_tK is None:
-        return None
-    key_N = torch.arange(start, stop, device=device)
-    query_t = torch.arange(position, position + count, device=device)[:, None]
-    mask_tN = key_N <= query_t
+def _around_gap(source: KeySource, sequence: int, start: int, gap: int, stop: int) -> Tensor:
+    """Rows of positions [0, start - gap) and [start, stop)."""
+    after = source.context(sequence, start, stop)
+    return torch.cat((source.context(sequence, 0, start - gap), after)) if gap < start else after
+
+
+def _around(rows: Tensor, sinks: int, low: int, high: int) -> Tensor:
+    """The first `sinks` rows and rows [low, high)."""
+    if 0 < sinks < low:
+        return torch.cat((rows[:sinks], rows[low:high]))
+    return rows[0 if sinks else low : high]
+
+
+def _visible(query_t: Tensor, position_n: Tensor, window: int | None, sinks: int) -> Tensor:
+    """bool [t, n]: which keys the queries at some positions see."""
+    mask_tn = position_n <= query_t[:, None]
     if window:
-        mask_tN &= key_N > query_t - window
-    if chosen_tK is not None:
-        # One column more, for "none".
-        selected_tN = mask_tN.new_zeros(count, stop - start + 1)
-        place_tK = torch.where(chosen_tK < 0, stop - start, chosen_tK - start)
-        mask_tN &= selected_tN.scatter_(1, place_tK.long(), True)[:, :-1]
-    return mask_tN
+        mask_tn &= (position_n > query_t[:, None] - window) | (position_n < sinks)
+    return mask_tn
+
+
+def _selected(chosen_tK: Tensor, position_n: Tensor, stop: int) -> Tensor:
+    """bool [t, n]: which of the keys at some positions below `stop` were selected."""
+    # One column more, for "none".
+    selected_tN = chosen_tK.new_zeros(len(chosen_tK), stop + 1, dtype=torch.bool)
+    selected_tN.scatter_(1, torch.where(chosen_tK < 0, stop, chosen_tK).long(), True)
+    return selected_tN[:, :stop] if len(position_n) == stop else selected_tN[:, position_n]
 
 
 def _tile(q_tHP: Tensor, k_NGP: Tensor, v_NGV: Tensor, mask_tN: Tensor | None, scale: float) -> Tensor:
@@ -143,7 +162,7 @@ def widened(scores: Tensor) -> Tensor:
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
-def _decode(q_SHP: Tensor, keys: KeySource, values: KeySource, scale: float, window: int | None) -> Tensor:
+def _decode(q_SHP: Tensor, keys: KeySource, values: KeySource, scale: float, window: int | None, sinks: int) -> Tensor:
     """One query a sequence: all sequences in one product, padded to the longest context behind a mask."""
     k_SGNP, v_SGNV = keys.padded(), values.padded()
     sequences, groups, longest, _ = k_SGNP.shape
@@ -151,7 +170,7 @@ def _decode(q_SHP: Tensor, keys: KeySource, values: KeySource, scale: float, win
     position_N = torch.arange(longest, device=q_SHP.device)
     mask_SN = position_N < length_S
     if window:
-        mask_SN &= position_N >= length_S - window
+        mask_SN &= (position_N >= length_S - window) | (position_N < sinks)
     q_XQP = q_SHP.unflatten(1, (groups, -1)).flatten(0, 1)
     k_XNP, v_XNV = k_SGNP.flatten(0, 1), v_SGNV.flatten(0, 1)
     mask_X1N = None if mask_SN.all() else mask_SN.repeat_interleave(groups, 0)[:, None]

@@ -3,6 +3,6 @@
 Importing this room registers them as further versions of the operations, one for each instruction set.
 """
 
-from foveal.kernels.cpu import linear, norm
+from foveal.kernels.cpu import attention, linear, norm
 
-__all__ = ["linear", "norm"]
+__all__ = ["attention", "linear", "norm"]
