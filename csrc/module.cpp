@@ -32,10 +32,12 @@ bool machine_has(Isa isa) {
 void add_instruction_set(nb::module_& parent, Isa isa, const char* name) {
   if (!machine_has(isa)) return;
   nb::module_ module = parent.def_submodule(name);
+  bind_activation(module, isa);
+  bind_flash(module, isa);
   bind_linear(module, isa);
   bind_norm(module, isa);
   bind_peak(module, isa);
-  bind_flash(module, isa);
+  bind_rope(module, isa);
 }
 
 }  // namespace

@@ -28,9 +28,11 @@ T* writing(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+void bind_activation(nb::module_& module, Isa isa);
+void bind_flash(nb::module_& module, Isa isa);
 void bind_linear(nb::module_& module, Isa isa);
 void bind_norm(nb::module_& module, Isa isa);
 void bind_peak(nb::module_& module, Isa isa);
-void bind_flash(nb::module_& module, Isa isa);
+void bind_rope(nb::module_& module, Isa isa);
 
 }  // namespace foveal

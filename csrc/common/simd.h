@@ -55,6 +55,8 @@ FOVEAL_INLINE void store_sums(float* p, F32 a, F32 b, F32 c, F32 d) {
   _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
 }
 FOVEAL_INLINE float maximum(F32 x) { return _mm512_reduce_max_ps(x.v); }
+// Numbers 2i and 2i + 1 change places.
+FOVEAL_INLINE F32 swap_pairs(F32 x) { return {_mm512_permute_ps(x.v, 0xb1)}; }
 FOVEAL_INLINE F32 round(F32 x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 // x 2^n for whole n in [-126, 127]; 0 for n = -127.
 FOVEAL_INLINE F32 scale2(F32 x, F32 n) {
@@ -128,6 +130,8 @@ FOVEAL_INLINE float maximum(F32 x) {
   half = _mm_max_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
 }
+// Numbers 2i and 2i + 1 change places.
+FOVEAL_INLINE F32 swap_pairs(F32 x) { return {_mm256_permute_ps(x.v, 0xb1)}; }
 FOVEAL_INLINE F32 round(F32 x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 // x 2^n for whole n in [-126, 127]; 0 for n = -127.
 FOVEAL_INLINE F32 scale2(F32 x, F32 n) {
@@ -212,6 +216,8 @@ FOVEAL_INLINE float maximum(F32 x) {
   for (int i = 1; i < F32::width; ++i) most = x.v[i] > most ? x.v[i] : most;
   return most;
 }
+// Numbers 2i and 2i + 1 change places.
+FOVEAL_INLINE F32 swap_pairs(F32 x) { return each([&](int i) { return x.v[i ^ 1]; }); }
 FOVEAL_INLINE F32 round(F32 x) { return each([&](int i) { return __builtin_rintf(x.v[i]); }); }
 // x 2^n for whole n in [-126, 127]; 0 for n = -127.
 FOVEAL_INLINE F32 scale2(F32 x, F32 n) {

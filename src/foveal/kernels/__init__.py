@@ -3,6 +3,7 @@
 from typing import Any
 
 from foveal.kernels import cpu as _cpu
+from foveal.kernels.activation import gated
 from foveal.kernels.dense import attention
 from foveal.kernels.dispatch import Operation
 from foveal.kernels.keys import Columns, Contexts, KeySource, OneHead, Queries, Rows
@@ -29,6 +30,7 @@ __all__ = [
     "attention",
     "causal_conv",
     "experts",
+    "gated",
     "hadamard",
     "linear",
     "operations",
@@ -47,4 +49,5 @@ del _cpu  # importing it registered the compiled versions
 
 def operations() -> tuple[Operation[..., Any], ...]:
     """Every operation that has versions to choose from."""
-    return (linear, attention, sparse_attention, select, experts, causal_conv, selective_scan, rms_norm, add_rms_norm)
+    products = (linear, attention, sparse_attention, select, experts, causal_conv, selective_scan)
+    return (*products, rms_norm, add_rms_norm, apply_rope, gated)

@@ -1,20 +1,10 @@
-"""The dense feed-forward and its activations."""
-
-from collections.abc import Callable
-from functools import partial
+"""The dense feed-forward."""
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from foveal.kernels import gated
 from foveal.nn.linear import FusedLinear, Linear
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
-    "relu": functional.relu,
-}
 
 
 class MLP(nn.Module):
@@ -24,9 +14,8 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_up_proj = FusedLinear(hidden_size, {"gate_proj": hidden, "up_proj": hidden}, bias=bias, dtype=dtype)
         self.down_proj = Linear(hidden, hidden_size, bias=bias, dtype=dtype)
-        self.activation = ACTIVATIONS[activation]
+        self.activation = activation
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
-        gate_TF, up_TF = self.gate_up_proj.split(x_TD)
-        return self.down_proj(self.activation(gate_TF) * up_TF)
+        return self.down_proj(gated(self.gate_up_proj(x_TD), self.activation))

@@ -6,7 +6,8 @@ from torch.nn import functional
 
 from foveal.config.model import MoEConfig, RouterConfig
 from foveal.kernels import experts, pack_weight
-from foveal.nn.mlp import ACTIVATIONS, MLP
+from foveal.kernels.activation import ACTIVATIONS
+from foveal.nn.mlp import MLP
 
 
 class Router(nn.Module):
