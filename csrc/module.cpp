@@ -33,6 +33,7 @@ void add_instruction_set(nb::module_& parent, Isa isa, const char* name) {
   if (!machine_has(isa)) return;
   nb::module_ module = parent.def_submodule(name);
   bind_activation(module, isa);
+  bind_block(module, isa);
   bind_flash(module, isa);
   bind_linear(module, isa);
   bind_norm(module, isa);
@@ -43,6 +44,7 @@ void add_instruction_set(nb::module_& parent, Isa isa, const char* name) {
 }  // namespace
 
 NB_MODULE(_native, module) {
+  bind_block_types(module);
 #define FOVEAL_ADD(isa) add_instruction_set(module, isa##_isa, #isa);
   FOVEAL_FOR_EACH_ISA(FOVEAL_ADD)
 #undef FOVEAL_ADD
