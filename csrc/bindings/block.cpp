@@ -52,6 +52,8 @@ void bind_block_types(nb::module_& module) {
 }
 
 void bind_block(nb::module_& module, Isa isa) {
+  module.attr("GqaBlock") = nb::type<GqaBlock>();
+  module.attr("MlpBlock") = nb::type<MlpBlock>();
   module.def(
       "gqa_block",
       [run = FOVEAL_PICK(isa, gqa_block)](

@@ -13,6 +13,7 @@ from foveal.config import ModelConfig
 from foveal.config.model import BlockConfig, GQAConfig, LayerConfig, MambaConfig, MLAConfig, MLPConfig, MoEConfig
 from foveal.kernels import linear, pack_weight
 from foveal.nn.batch import Batch
+from foveal.nn.fused import FusedBlock, Fuses
 from foveal.nn.gqa import GQA
 from foveal.nn.indexer import Indexer
 from foveal.nn.linear import Linear
@@ -80,6 +81,9 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear | Experts):
                 module.pack()
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.fuse()
 
     def _head(self, x_LD: Tensor) -> Tensor:
         if not self.config.tied_embeddings:
@@ -111,9 +115,17 @@ class Block(nn.Module):
         self.operation = _operation(block, config, options)
         self.indexer = _indexer(block, config, options) if block.indexer else None
         self.sparse = block.indexer is not None or block.shared_selection
+        self._fused: FusedBlock | None = None
+
+    def fuse(self) -> None:
+        """Let steps of few tokens run the whole block as one call, where its operation has such a form."""
+        if isinstance(self.operation, Fuses):
+            self._fused = self.operation.fuse(self.norm)
 
     def forward(self, x_TD: Tensor, step: Step, cache: BlockCache | None) -> Tensor:
         """[T, D] -> [T, D]."""
+        if self._fused is not None and step.fusable:
+            return self._fused(x_TD, step, cache)
         h_TD = self.norm(x_TD)
         if isinstance(self.operation, Mixer):
             return x_TD + self._mix(h_TD, step, cache)

@@ -1,8 +1,10 @@
 """What all layers of one forward share: positions, where keys lie, rope angles, the current selection."""
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from foveal.cache.layouts import PagedLayout
@@ -10,6 +12,9 @@ from foveal.config.model import RopeConfig
 from foveal.kernels import Contexts, KeySource, Queries, Rows
 from foveal.nn.batch import Batch
 from foveal.nn.rope import rope_turns
+
+# Up to so many tokens a block runs as one call, if it can; with more, separate calls are no slower.
+FUSED_TOKENS = 32
 
 
 @dataclass
@@ -46,6 +51,11 @@ class Step:
         assert self.rows_T is not None
         layout.write(self.rows_T, values_TX)
         return KeySource(layout.records, self.contexts)
+
+    @cached_property
+    def fusable(self) -> bool:
+        """Whether blocks may run as one call: few tokens, a cache, no gradients."""
+        return self.rows_T is not None and len(self.rows_T) <= FUSED_TOKENS and not torch.is_grad_enabled()
 
     def collect(self, name: str, value: Any) -> None:
         """Keep something that the batch's caller asked for."""
