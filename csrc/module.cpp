@@ -34,6 +34,7 @@ void add_instruction_set(nb::module_& parent, Isa isa, const char* name) {
   nb::module_ module = parent.def_submodule(name);
   bind_norm(module, isa);
   bind_peak(module, isa);
+  bind_latent(module, isa);
 }
 
 }  // namespace

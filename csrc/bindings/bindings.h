@@ -30,5 +30,6 @@ T* writing(Address address) {
 
 void bind_norm(nb::module_& module, Isa isa);
 void bind_peak(nb::module_& module, Isa isa);
+void bind_latent(nb::module_& module, Isa isa);
 
 }  // namespace foveal
