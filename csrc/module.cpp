@@ -39,6 +39,7 @@ void add_instruction_set(nb::module_& parent, Isa isa, const char* name) {
   bind_norm(module, isa);
   bind_peak(module, isa);
   bind_rope(module, isa);
+  bind_latent(module, isa);
 }
 
 }  // namespace

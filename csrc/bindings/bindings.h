@@ -36,5 +36,6 @@ void bind_linear(nb::module_& module, Isa isa);
 void bind_norm(nb::module_& module, Isa isa);
 void bind_peak(nb::module_& module, Isa isa);
 void bind_rope(nb::module_& module, Isa isa);
+void bind_latent(nb::module_& module, Isa isa);
 
 }  // namespace foveal

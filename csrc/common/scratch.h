@@ -15,9 +15,11 @@ struct Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
+  static constexpr int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
   template <class T>
   static constexpr int64_t space(int64_t count) {
-    return (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return rounded(count * static_cast<int64_t>(sizeof(T)));
   }
 
   template <class T>

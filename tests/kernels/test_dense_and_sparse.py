@@ -5,7 +5,7 @@ import torch
 from packing import CASES, close, make_queries, random_selection, source
 from torch import Tensor
 
-from foveal.kernels import Contexts, KeySource, OneHead, Rows, attention, sparse_attention
+from foveal.kernels import Contexts, KeySource, Rows, attention, sparse_attention
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -53,30 +53,6 @@ def test_masked_attention(case: str, dtype: torch.dtype) -> None:
     close(result, attention(q.double(), keys, values, queries, **arguments, version="reference"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("paged", [False, True])
-@pytest.mark.parametrize("case", CASES)
-def test_sparse_attention(case: str, paged: bool, dtype: torch.dtype) -> None:
-    """Gathering the wrong row, or letting a missing entry (-1) count as position 0 or as the last row."""
-    counts, lengths = CASES[case]
-    queries, selection = make_queries(counts, lengths), random_selection(counts, lengths, 6)
-    q, k = torch.randn(sum(counts), 4, 12).to(dtype), torch.randn(sum(lengths), 12).to(dtype)
-    result = sparse_attention(q, source(list(k.split(lengths)), paged), 9, selection, queries, scale=0.3)
-    keys = source(list(k.double().split(lengths)), False)
-    close(result, sparse_attention(q.double(), keys, 9, selection, queries, scale=0.3, version="reference"))
-
-
-def test_sparse_equals_masked() -> None:
-    """The two forms over one selection disagreeing (a model would change with the length of its prompt)."""
-    counts, lengths = CASES["chunk"]
-    queries, selection = make_queries(counts, lengths), random_selection(counts, lengths, 9)
-    q, k = torch.randn(sum(counts), 4, 12, dtype=torch.float64), torch.randn(sum(lengths), 12, dtype=torch.float64)
-    keys = source(list(k.split(lengths)), False)
-    one_head = KeySource(OneHead(keys.records), keys.contexts)
-    masked = attention(q, one_head, one_head, queries, scale=0.3, selection_TK=selection)
-    close(masked, sparse_attention(q, keys, 12, selection, queries, scale=0.3))
-
-
 def test_gradients() -> None:
     """A fast version that loses or bends a gradient."""
     counts, lengths = [9, 30], [9, 30]
@@ -87,9 +63,8 @@ def test_gradients() -> None:
     grads: dict[str, list[Tensor]] = {}
     for version in ("reference", "torch"):
         keys, values = (KeySource(Rows(x), Contexts.packed(lengths)) for x in (k, v))
-        shared = KeySource(Rows(k[:, 0]), Contexts.packed(lengths))
         dense = attention(q, keys, values, queries, scale=0.4, version=version)
-        sparse = sparse_attention(q, shared, 6, selection, queries, scale=0.4, version=version)
+        sparse = sparse_attention(q, keys, values, selection, queries, scale=0.4, version=version)
         grads[version] = list(torch.autograd.grad(((dense + sparse) * weight).sum(), (q, k, v)))
     for result, expected in zip(grads["torch"], grads["reference"], strict=True):
         close(result, expected)

@@ -122,13 +122,12 @@ class MLA(Mixer):
         up_k_HPC, up_v_HVC = self._up_projections()
         absorbed_THC = torch.bmm(q_nope_THP.transpose(0, 1), up_k_HPC).transpose(0, 1)
         q_THX = torch.cat((absorbed_THC, q_pe_THR), -1)
-        rank = self.config.kv_lora_rank
+        keys = KeySource(OneHead(latents.records), latents.contexts)
+        values = KeySource(Columns(keys.records, self.config.kv_lora_rank), latents.contexts)
         if form == "sparse":
             assert selection_TK is not None
-            out_THC = sparse_attention(q_THX, latents, rank, selection_TK, queries, scale=scale)
+            out_THC = sparse_attention(q_THX, keys, values, selection_TK, queries, scale=scale)
         else:
-            keys = KeySource(OneHead(latents.records), latents.contexts)
-            values = KeySource(Columns(keys.records, rank), latents.contexts)
             out_THC = attention(q_THX, keys, values, queries, scale=scale)
         return torch.bmm(out_THC.transpose(0, 1), up_v_HVC.transpose(1, 2)).transpose(0, 1)
 

@@ -1,12 +1,13 @@
-"""Flash attention of heads in groups (csrc/kernels/flash.cpp)."""
+"""Dense attention: heads in groups (csrc/kernels/flash.cpp) and absorbed MLA (csrc/kernels/latent.cpp)."""
 
 import torch
 from torch import Tensor
 
+from foveal.kernels.cpu.latent import accepts_latent, latent_attention
 from foveal.kernels.cpu.library import FORMATS, Kernels, address, compiled
 from foveal.kernels.cpu.places import sequence_arguments
 from foveal.kernels.dense import attention
-from foveal.kernels.keys import KeySource, Queries, Rows
+from foveal.kernels.keys import KeySource, OneHead, Queries, Rows
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -34,7 +35,26 @@ def accepts_rows(
     )
 
 
-@compiled(attention, accepts_rows)
+def _accepts(
+    q_THP: Tensor,
+    keys: KeySource,
+    values: KeySource,
+    queries: Queries,
+    *,
+    scale: float,
+    window: int | None = None,
+    sinks: int = 0,
+    selection_TK: Tensor | None = None,
+) -> bool:
+    if isinstance(keys.records, OneHead):
+        plain = window is None and sinks == 0 and selection_TK is None
+        return plain and accepts_latent(q_THP, keys, values, queries, scale=scale)
+    return accepts_rows(
+        q_THP, keys, values, queries, scale=scale, window=window, sinks=sinks, selection_TK=selection_TK
+    )
+
+
+@compiled(attention, _accepts)
 def _attention(
     kernels: Kernels,
     q_THP: Tensor,
@@ -47,6 +67,8 @@ def _attention(
     sinks: int = 0,
     selection_TK: Tensor | None = None,
 ) -> Tensor:
+    if isinstance(keys.records, OneHead):
+        return latent_attention(kernels, q_THP, keys, values, queries, scale=scale)
     assert isinstance(keys.records, Rows) and isinstance(values.records, Rows)
     k_NGP, v_NGV = keys.records.values, values.records.values
     _check_shapes(q_THP, k_NGP, v_NGV, queries)

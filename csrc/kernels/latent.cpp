@@ -1,0 +1,487 @@
+// Absorbed latent attention, dense and over a selection.
+//
+// The columns of all products are (query, head) pairs, so that a product never has to be transposed: for a tile of 64 keys
+//   scores[key, column]   =  keys[key, word]       . q[word, column]
+//   out[value, column]   +=  keys^T[value, key]    . exp(scores - maximum)[key, column]
+// The tile is gathered once into words that the products broadcast (floats; pairs of bf16 where the machine multiplies
+// those), 144 KiB for DeepSeek-V3 in float, and serves up to COLUMNS columns: one query's heads over a selection, heads of
+// several queries of a sequence otherwise. It stays in the level-two cache while the panels of q (36 KiB each) and out
+// (32 KiB) pass by, CHUNK words of q at a time in the level-one cache. Rows that are floats already and lie in order are
+// read where they are. The next tile's rows are prefetched while the first panel is multiplied.
+//
+// Softmax: a column keeps a maximum and a sum. The maximum may lag behind the true one by LAG: only beyond that are out and
+// sum scaled down, which is seldom after the first tiles.
+//
+// Work is cut into blocks of columns, and where these are few, their keys into ranges whose results are put together
+// afterwards. The cut follows from the shape of the call, never from the number of threads, so results do not depend on it.
+#include "kernels/latent.h"
+
+#include "common/columns.h"
+#include "common/parallel.h"
+#include "common/scratch.h"
+
+namespace foveal::FOVEAL_ISA {
+namespace {
+
+constexpr int TILE = static_cast<int>(PAGE_SIZE);  // keys; a page, so that the rows of a dense tile lie in order
+constexpr int COLUMNS = 4 * PANEL;                 // of one block
+constexpr int CHUNK = 288;                         // words of q that stay in the level-one cache
+constexpr int64_t RANGE = 512;                     // keys: fewer are not worth another range
+constexpr int64_t ITEMS = 16;                      // blocks and ranges that are enough for all threads
+constexpr int64_t LATENT_BLOCK = 128;              // numbers that share a scale, as in foveal/config/formats.py
+constexpr float LAG = 8.0f;                        // weights reach e^8
+constexpr float LOWEST = -1e30f;                   // below every score; minus itself it is 0, not NaN
+
+int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Columns that read the same keys. A column is (query row) * heads + head.
+struct Block {
+  int64_t sequence, column;
+  int columns;
+  int64_t keys;  // positions [0, keys), or entries of the selection
+};
+
+// What attention over a range of keys leaves: panels of sums [rank, columns] that still lack 1 / sum.
+struct State {
+  float* out;
+  float* most;  // [COLUMNS]
+  float* sum;   // [COLUMNS]
+};
+
+template <class Dot>
+struct Worker {
+  using Number = typename Dot::Number;
+  Word* q;                 // panels [words, columns]
+  float* scores;           // [TILE, PANEL]
+  Word* weights;           // [TILE / Dot::numbers, PANEL]
+  Word* keys;              // [TILE, stride]
+  Word* values;            // pairs of keys, [TILE / 2, value_stride]; unused where a word is one number
+  const char* rows[2][TILE];  // of this tile and of the next
+  State state;
+};
+
+struct Tile {
+  int count;
+  Left keys, values;
+  int value_words;
+};
+
+template <class Dot>
+class Attention {
+ public:
+  explicit Attention(const LatentAttention& call) : call(call) {
+    words = static_cast<int>(ceil_divide(call.width, Dot::numbers));
+    // An odd number of cache lines, so that the keys of a tile do not compete for the same sets.
+    stride = ceil_divide(words, 16) * 16 + (ceil_divide(words, 16) % 2 ? 0 : 16);
+    value_stride = ceil_divide(call.rank, 16) * 16 + (ceil_divide(call.rank, 16) % 2 ? 0 : 16);
+    padded = ceil_divide(call.width, F32::width * Dot::numbers) * F32::width * Dot::numbers;
+  }
+
+  void run();
+
+ private:
+  using Number = typename Dot::Number;
+
+  int64_t blocks_of(int64_t sequence) const;
+  void fill_blocks(Block* blocks) const;
+  int64_t selected(int64_t query) const;
+  int64_t state_bytes() const;
+  State take_state(Scratch& scratch) const;
+  int64_t worker_bytes() const;
+  Worker<Dot> take_worker(Scratch& scratch) const;
+
+  void attend(const Block& block, int64_t start, int64_t stop, Worker<Dot>& worker, State state) const;
+  void pack_queries(const Block& block, Word* panels) const;
+  int locate(const Block& block, int64_t start, int64_t stop, const char** rows) const;
+  Tile load_tile(const char* const* rows, int count, Worker<Dot>& worker) const;
+  void read_row(const char* row, Number* out) const;
+  template <int N>
+  void attend_tile(const Tile& tile, const Word* q, Worker<Dot>& worker, State state, const int* visible, bool first,
+                   const char* const* next, int next_count) const;
+  template <int N>
+  void weigh(const Tile& tile, Worker<Dot>& worker, State state, const int* visible, bool first) const;
+  void combine(const Block& block, const State* states, int64_t count) const;
+  void write(const Block& block, State state) const;
+
+  const LatentAttention& call;
+  int words;
+  int64_t stride, value_stride, padded;
+};
+
+// ---- the cut into blocks and ranges ----
+
+template <class Dot>
+int64_t Attention<Dot>::blocks_of(int64_t s) const {
+  const int64_t queries = call.sequences.query_offsets[s + 1] - call.sequences.query_offsets[s];
+  return call.selection ? queries * ceil_divide(call.heads, COLUMNS) : ceil_divide(queries * call.heads, COLUMNS);
+}
+
+template <class Dot>
+int64_t Attention<Dot>::selected(int64_t query) const {
+  const int32_t* selection = call.selection + query * call.topk;
+  int64_t low = 0, high = call.topk;  // -1 stands last
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (selection[middle] < 0)
+      high = middle;
+    else
+      low = middle + 1;
+  }
+  return low;
+}
+
+template <class Dot>
+void Attention<Dot>::fill_blocks(Block* blocks) const {
+  const Sequences& sequences = call.sequences;
+  for (int64_t s = 0; s < sequences.count; ++s) {
+    const int64_t first = sequences.query_offsets[s], stop = sequences.query_offsets[s + 1] * call.heads;
+    for (int64_t column = first * call.heads; column < stop;) {
+      const int64_t query = column / call.heads;
+      const int64_t end = call.selection ? (query + 1) * call.heads : stop;
+      const int columns = static_cast<int>(least(COLUMNS, end - column));
+      const int64_t last = (column + columns - 1) / call.heads;
+      const int64_t keys = call.selection ? selected(query) : sequences.first_positions[s] + last - first + 1;
+      *blocks++ = {s, column, columns, keys};
+      column += columns;
+    }
+  }
+}
+
+template <class Dot>
+void Attention<Dot>::run() {
+  int64_t count = 0;
+  for (int64_t s = 0; s < call.sequences.count; ++s) count += blocks_of(s);
+  if (!count) return;
+  Scratch block_memory(Scratch::rounded(count * sizeof(Block)));
+  Block* blocks = block_memory.take<Block>(count);
+  fill_blocks(blocks);
+  int64_t most_keys = 0;
+  for (int64_t b = 0; b < count; ++b) most_keys = blocks[b].keys > most_keys ? blocks[b].keys : most_keys;
+  const int64_t wanted = ITEMS / count;  // ranges of a block
+  int64_t range = most_keys ? ceil_divide(most_keys, TILE) * TILE : TILE;
+  if (wanted > 1) range = least(range, ceil_divide(ceil_divide(most_keys, wanted), TILE) * TILE);
+  if (range < RANGE) range = RANGE;
+  const int64_t ranges = most_keys ? ceil_divide(most_keys, range) : 1;
+  const int64_t items = count * ranges;
+
+  const int threads = static_cast<int>(least(call.threads, items));
+  Scratch memory(threads * worker_bytes() + (ranges > 1 ? items * state_bytes() : 0) +
+                 Scratch::rounded(threads * sizeof(Worker<Dot>)) + Scratch::rounded(items * sizeof(State)));
+  Worker<Dot>* workers = memory.take<Worker<Dot>>(threads);
+  State* states = memory.take<State>(items);
+  for (int thread = 0; thread < threads; ++thread) workers[thread] = take_worker(memory);
+  if (ranges > 1)
+    for (int64_t item = 0; item < items; ++item) states[item] = take_state(memory);
+
+  auto attend_item = [&](int item, int thread) {
+    const Block& block = blocks[item / ranges];
+    const int64_t start = item % ranges * range;
+    if (start >= block.keys && start > 0) return;
+    Worker<Dot>& worker = workers[thread];
+    const State state = ranges > 1 ? states[item] : worker.state;
+    attend(block, start, least(start + range, block.keys), worker, state);
+    if (ranges == 1) write(block, state);
+  };
+  parallel(threads, static_cast<int>(items), attend_item);
+  if (ranges == 1) return;
+  auto combine_item = [&](int item, int) {
+    const int64_t used = ceil_divide(blocks[item].keys, range);
+    combine(blocks[item], states + item * ranges, used);
+    write(blocks[item], states[item * ranges]);
+  };
+  parallel(threads, static_cast<int>(count), combine_item);
+}
+
+// ---- memory ----
+
+template <class Dot>
+int64_t Attention<Dot>::state_bytes() const {
+  return Scratch::rounded(call.rank * COLUMNS * 4) + 2 * Scratch::rounded(COLUMNS * 4);
+}
+
+template <class Dot>
+State Attention<Dot>::take_state(Scratch& scratch) const {
+  float* out = scratch.take<float>(call.rank * COLUMNS);
+  float* most = scratch.take<float>(COLUMNS);
+  return {out, most, scratch.take<float>(COLUMNS)};
+}
+
+template <class Dot>
+int64_t Attention<Dot>::worker_bytes() const {
+  return Scratch::rounded(int64_t{words} * COLUMNS * 4) + 2 * Scratch::rounded(TILE * PANEL * 4) +
+         Scratch::rounded(TILE * stride * 4) + Scratch::rounded(TILE / 2 * value_stride * 4) + state_bytes();
+}
+
+template <class Dot>
+Worker<Dot> Attention<Dot>::take_worker(Scratch& scratch) const {
+  Worker<Dot> worker;
+  worker.q = scratch.take<Word>(int64_t{words} * COLUMNS);
+  worker.scores = scratch.take<float>(TILE * PANEL);
+  worker.weights = scratch.take<Word>(TILE * PANEL);
+  worker.keys = scratch.take<Word>(TILE * stride);
+  worker.values = scratch.take<Word>(TILE / 2 * value_stride);
+  worker.state = take_state(scratch);
+  return worker;
+}
+
+// ---- one block over one range ----
+
+template <class Dot>
+void Attention<Dot>::attend(
+    const Block& block, int64_t start, int64_t stop, Worker<Dot>& worker, State state) const {
+  pack_queries(block, worker.q);
+  for (int c = 0; c < COLUMNS; ++c) state.most[c] = LOWEST, state.sum[c] = 0.0f;
+  int next_count = locate(block, start, stop, worker.rows[0]);
+  int now = 0;
+  for (int64_t position = start; position < stop; position += TILE, now ^= 1) {
+    const int count = next_count;
+    next_count = locate(block, position + count, stop, worker.rows[now ^ 1]);
+    const Tile tile = load_tile(worker.rows[now], count, worker);
+    // How many keys of this tile each column sees.
+    int visible[COLUMNS];
+    bool all = true;
+    if (!call.selection) {
+      const Sequences& sequences = call.sequences;
+      const int64_t own = sequences.first_positions[block.sequence] - sequences.query_offsets[block.sequence];
+      for (int c = 0; c < COLUMNS; ++c) {
+        const int64_t column = block.column + (c < block.columns ? c : block.columns - 1);
+        const int64_t seen = own + column / call.heads + 1 - position;
+        visible[c] = static_cast<int>(seen < 0 ? 0 : least(seen, count));
+        all = all && visible[c] == count;
+      }
+    }
+    for (int c = 0; c < block.columns; c += PANEL) {
+      const State panel = {state.out + c * call.rank, state.most + c, state.sum + c};
+      const Word* q = worker.q + int64_t{c} * words;
+      const int* seen = all ? nullptr : visible + c;
+      const int prefetched = c ? 0 : next_count;
+      if (block.columns - c > F32::width)
+        attend_tile<COLUMN_REGISTERS>(tile, q, worker, panel, seen, position == start, worker.rows[now ^ 1], prefetched);
+      else
+        attend_tile<1>(tile, q, worker, panel, seen, position == start, worker.rows[now ^ 1], prefetched);
+    }
+  }
+}
+
+// Columns past the block's last are zero.
+template <class Dot>
+void Attention<Dot>::pack_queries(const Block& block, Word* panels) const {
+  for (int c = 0; c < block.columns; c += PANEL) {
+    const int columns = block.columns - c > F32::width ? PANEL : F32::width;
+    Word* panel = panels + int64_t{c} * words;
+    for (int i = 0; i < columns; ++i) {
+      const int64_t row = (block.column + c + i) * call.width;
+      if (c + i >= block.columns) {
+        for (int w = 0; w < words; ++w) panel[w * columns + i] = 0;
+      } else if (Dot::numbers == 1 && call.format == Format::f32) {
+        const Word* q = static_cast<const Word*>(call.q) + row;
+        for (int w = 0; w < words; ++w) panel[w * columns + i] = q[w];
+      } else {
+        const uint16_t* q = static_cast<const uint16_t*>(call.q) + row;
+        if (Dot::numbers == 1)
+          for (int w = 0; w < words; ++w) panel[w * columns + i] = static_cast<Word>(q[w]) << 16;
+        else
+          for (int w = 0; w < words; ++w)
+            panel[w * columns + i] = q[2 * w] | (2 * w + 1 < call.width ? static_cast<Word>(q[2 * w + 1]) << 16 : 0);
+      }
+    }
+  }
+}
+
+// Where the rows of a tile that begins at position (or entry) `start` are; how many it has.
+template <class Dot>
+int Attention<Dot>::locate(const Block& block, int64_t start, int64_t stop, const char** rows) const {
+  const int count = static_cast<int>(least(TILE, stop - start));
+  const int32_t* entries = call.selection ? call.selection + block.column / call.heads * call.topk + start : nullptr;
+  for (int i = 0; i < count; ++i) {
+    const int64_t row = call.sequences.row(block.sequence, entries ? entries[i] : start + i);
+    rows[i] = call.rows + row * call.row_bytes;
+  }
+  return count < 0 ? 0 : count;
+}
+
+template <class Dot>
+Tile Attention<Dot>::load_tile(const char* const* rows, int count, Worker<Dot>& worker) const {
+  if (Dot::numbers == 1 && call.row_format == Format::f32 && !call.selection && call.row_bytes % 4 == 0) {
+    const Word* first = reinterpret_cast<const Word*>(rows[0]);
+    return {count, {first, call.row_bytes / 4, 1}, {first, 1, call.row_bytes / 4}, count};
+  }
+  for (int i = 0; i < count; ++i) read_row(rows[i], reinterpret_cast<Number*>(worker.keys + i * stride));
+  const Left keys = {worker.keys, stride, 1};
+#if defined(FOVEAL_BF16)
+  if constexpr (Dot::numbers == 2) {
+    if (count % 2) std::memset(worker.keys + count * stride, 0, words * 4);
+    for (int i = 0; i < count; i += 2) {
+      const bf16* even = reinterpret_cast<const bf16*>(worker.keys + i * stride);
+      for (int64_t v = 0; v < call.rank; v += F32::width)
+        store_pairs(worker.values + i / 2 * value_stride + v, even + v, even + 2 * stride + v);
+    }
+    return {count, keys, {worker.values, 1, value_stride}, (count + 1) / 2};
+  }
+#endif
+  return {count, keys, {worker.keys, 1, stride}, count};
+}
+
+// Numbers past the row's last are zero as far as its last word goes.
+template <class From, class To>
+FOVEAL_INLINE void convert(const char* from, int64_t count, float scale, To* to) {
+  const From* x = reinterpret_cast<const From*>(from);
+  int64_t i = 0;
+  for (; i + F32::width <= count; i += F32::width) store(to + i, load(x + i) * set1(scale));
+  if (i < count) store_partial(to + i, load_partial(x + i, static_cast<int>(count - i)) * set1(scale), static_cast<int>(count - i));
+}
+
+template <class Dot>
+void Attention<Dot>::read_row(const char* row, Number* out) const {
+  if (call.width % Dot::numbers) std::memset(out + call.width, 0, sizeof(Number));
+  if (call.row_format == Format::f32) return convert<float>(row, call.width, 1.0f, out);
+  if (call.row_format == Format::bf16) {
+    if (sizeof(Number) == sizeof(bf16))
+      std::memcpy(out, row, call.width * sizeof(bf16));
+    else
+      convert<bf16>(row, call.width, 1.0f, out);
+    return;
+  }
+  const int64_t blocks = ceil_divide(call.rank, LATENT_BLOCK);
+  for (int64_t b = 0; b < blocks; ++b) {
+    float scale;
+    std::memcpy(&scale, row + call.rank + 4 * b, 4);
+    convert<e4m3>(row + b * LATENT_BLOCK, least(LATENT_BLOCK, call.rank - b * LATENT_BLOCK), scale, out + b * LATENT_BLOCK);
+  }
+  convert<bf16>(row + call.rank + 4 * blocks, call.width - call.rank, 1.0f, out + call.rank);
+}
+
+template <class Dot>
+template <int N>
+void Attention<Dot>::attend_tile(const Tile& tile, const Word* q, Worker<Dot>& worker, State state, const int* visible,
+                                 bool first, const char* const* next, int next_count) const {
+  constexpr int columns = N * F32::width, step = 2 * block_rows<N>();
+  for (int w = 0; w < words; w += CHUNK) {
+    const int chunk = words - w < CHUNK ? words - w : CHUNK;
+    for (int row = 0; row < tile.count; row += step) {
+      if (w == 0)
+        for (int i = row; i < row + step && i < next_count; ++i)
+          for (int64_t byte = 0; byte < call.row_bytes; byte += 64) __builtin_prefetch(next[i] + byte, 0, 2);
+      const Left keys = {tile.keys.words + row * tile.keys.row_step + w, tile.keys.row_step, 1};
+      const int rows = tile.count - row < step ? tile.count - row : step;
+      multiply_columns<Dot, N>(keys, rows, q + w * columns, chunk, worker.scores + row * columns, w > 0);
+    }
+  }
+  weigh<N>(tile, worker, state, visible, first);
+  const Word* weights = Dot::numbers == 1 ? reinterpret_cast<const Word*>(worker.scores) : worker.weights;
+  const int rank = static_cast<int>(call.rank);
+  multiply_columns<Dot, N>(tile.values, rank, weights, tile.value_words, state.out, !first);
+}
+
+// Turns scores into weights, and brings maximum, sum and out up to date.
+template <class Dot>
+template <int N>
+void Attention<Dot>::weigh(const Tile& tile, Worker<Dot>& worker, State state, const int* visible, bool first) const {
+  constexpr int columns = N * F32::width;
+  for (int n = 0; n < N; ++n) {
+    float* scores = worker.scores + n * F32::width;
+    float seen[F32::width], unseen[F32::width];
+    if (visible)
+      for (int i = 0; i < F32::width; ++i) {
+        seen[i] = static_cast<float>(visible[n * F32::width + i]);
+        unseen[i] = -seen[i];
+      }
+    F32 most = set1(LOWEST);
+    for (int j = 0; j < tile.count; ++j) {
+      F32 score = load(scores + j * columns) * set1(call.scale);
+      if (visible)
+        score = where_at_least(load(seen), static_cast<float>(j + 1), score) +
+                where_at_least(load(unseen), static_cast<float>(-j), set1(-__builtin_inff()));
+      most = max(most, score);
+      store(scores + j * columns, score);
+    }
+    F32 running = load(state.most + n * F32::width), sum = load(state.sum + n * F32::width);
+    if (first) {
+      running = most;
+    } else if (maximum(most - running) > LAG) {
+      const F32 higher = max(most, running);
+      const F32 shrink = exp(running - higher);
+      for (int64_t v = 0; v < call.rank; ++v) {
+        float* out = state.out + v * columns + n * F32::width;
+        store(out, load(out) * shrink);
+      }
+      sum = sum * shrink;
+      running = higher;
+    }
+    store(state.most + n * F32::width, running);
+    if constexpr (Dot::numbers == 1) {
+      for (int j = 0; j < tile.count; ++j) {
+        const F32 weight = exp(load(scores + j * columns) - running);
+        sum = sum + weight;
+        store(scores + j * columns, weight);
+      }
+    }
+#if defined(FOVEAL_BF16)
+    else {
+      for (int j = 0; j < tile.count; j += 2) {
+        const F32 even = exp(load(scores + j * columns) - running);
+        const F32 odd = j + 1 < tile.count ? exp(load(scores + (j + 1) * columns) - running) : zero();
+        sum = sum + even + odd;
+        store_pairs(worker.weights + j / 2 * columns + n * F32::width, even, odd);
+      }
+    }
+#endif
+    store(state.sum + n * F32::width, sum);
+  }
+}
+
+// ---- results ----
+
+// All ranges of a block into the state of the first, by their maxima.
+template <class Dot>
+void Attention<Dot>::combine(const Block& block, const State* states, int64_t count) const {
+  for (int c = 0; c < block.columns; c += PANEL) {
+    const int columns = block.columns - c > F32::width ? PANEL : F32::width;
+    for (int i = 0; i < columns; i += F32::width) {
+      F32 most = set1(LOWEST), sum = zero();
+      for (int64_t r = 0; r < count; ++r) most = max(most, load(states[r].most + c + i));
+      for (int64_t r = 0; r < count; ++r) {
+        const F32 share = exp(load(states[r].most + c + i) - most);
+        sum = fma(share, load(states[r].sum + c + i), sum);
+        for (int64_t v = 0; v < call.rank; ++v) {
+          const int64_t place = c * call.rank + v * columns + i;
+          float* out = states[0].out + place;
+          const F32 part = load(states[r].out + place) * share;
+          store(out, r ? load(out) + part : part);
+        }
+      }
+      store(states[0].sum + c + i, sum);
+    }
+  }
+}
+
+// Divides by the sums and transposes; columns that saw nothing are zero.
+template <class Dot>
+void Attention<Dot>::write(const Block& block, State state) const {
+  for (int c = 0; c < block.columns; ++c) {
+    const int panel = c / PANEL * PANEL;
+    const int columns = block.columns - panel > F32::width ? PANEL : F32::width;
+    const float* from = state.out + panel * call.rank + (c - panel);
+    const float share = block.keys ? 1.0f / state.sum[c] : 0.0f;
+    const int64_t row = (block.column + c) * call.rank;
+    for (int64_t v = 0; v < call.rank; v += F32::width) {
+      const int n = static_cast<int>(least(F32::width, call.rank - v));
+      float numbers[F32::width] = {};
+      if (block.keys)
+        for (int i = 0; i < n; ++i) numbers[i] = from[(v + i) * columns] * share;
+      if (call.format == Format::f32)
+        store_partial(static_cast<float*>(call.out) + row + v, load(numbers), n);
+      else
+        store_partial(static_cast<bf16*>(call.out) + row + v, load(numbers), n);
+    }
+  }
+}
+
+}  // namespace
+
+void latent_attention(const LatentAttention& call) {
+  call.format == Format::bf16 ? Attention<Bf16Dot>(call).run() : Attention<FloatDot>(call).run();
+}
+
+}  // namespace foveal::FOVEAL_ISA
