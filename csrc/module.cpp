@@ -33,6 +33,8 @@ void add_instruction_set(nb::module_& parent, Isa isa, const char* name) {
   if (!machine_has(isa)) return;
   nb::module_ module = parent.def_submodule(name);
   bind_norm(module, isa);
+  bind_quantise(module, isa);
+  bind_select(module, isa);
 }
 
 }  // namespace

@@ -29,5 +29,7 @@ T* writing(Address address) {
 }
 
 void bind_norm(nb::module_& module, Isa isa);
+void bind_quantise(nb::module_& module, Isa isa);
+void bind_select(nb::module_& module, Isa isa);
 
 }  // namespace foveal

@@ -9,7 +9,8 @@ from foveal.kernels.keys import Columns, Contexts, KeySource, OneHead, Queries, 
 from foveal.kernels.matmul import linear, pack_weight
 from foveal.kernels.moe import experts
 from foveal.kernels.norm import add_rms_norm, rms_norm
-from foveal.kernels.quantise import hadamard, quantise_e4m3
+from foveal.kernels.quantise import hadamard, quantise_e4m3, quantise_index
+from foveal.kernels.records import write_index_keys, write_latents
 from foveal.kernels.rope import apply_rope
 from foveal.kernels.scan import causal_conv, selective_scan
 from foveal.kernels.selection import select
@@ -33,10 +34,13 @@ __all__ = [
     "operations",
     "pack_weight",
     "quantise_e4m3",
+    "quantise_index",
     "rms_norm",
     "select",
     "selective_scan",
     "sparse_attention",
+    "write_index_keys",
+    "write_latents",
 ]
 
 
@@ -45,4 +49,16 @@ del _cpu  # importing it registered the compiled versions
 
 def operations() -> tuple[Operation[..., Any], ...]:
     """Every operation that has versions to choose from."""
-    return (attention, sparse_attention, select, experts, causal_conv, selective_scan, rms_norm, add_rms_norm)
+    return (
+        attention,
+        sparse_attention,
+        select,
+        quantise_index,
+        write_index_keys,
+        write_latents,
+        experts,
+        causal_conv,
+        selective_scan,
+        rms_norm,
+        add_rms_norm,
+    )

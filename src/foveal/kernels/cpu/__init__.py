@@ -3,6 +3,6 @@
 Importing this room registers them as further versions of the operations, one for each instruction set.
 """
 
-from foveal.kernels.cpu import norm
+from foveal.kernels.cpu import norm, quantise, selection
 
-__all__ = ["norm"]
+__all__ = ["norm", "quantise", "selection"]
