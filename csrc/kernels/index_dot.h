@@ -84,6 +84,31 @@ struct Product<Int8Dot> {
   using Sum = I32;
 };
 
+// One word of a row times all columns of a panel.
+template <class Dot>
+FOVEAL_INLINE void multiply_add_row(const Word* a, const Word* panel, typename Product<Dot>::Sum* sum) {
+#if defined(FOVEAL_AVX2)
+  if constexpr (Dot::numbers == 2) {
+    static_assert(COLUMN_REGISTERS == 2);
+    // GCC 12 would broadcast all rows' words first, and spill the sums for it: there is no register to spare.
+    const __m256i first = load(reinterpret_cast<const int32_t*>(panel)).v;
+    const __m256i second = load(reinterpret_cast<const int32_t*>(panel + F32::width)).v;
+    __m256i pair, product;
+    __asm__(
+        "vpbroadcastd %4, %2\n\t"
+        "vpmaddwd %5, %2, %3\n\t"
+        "vpmaddwd %6, %2, %2\n\t"
+        "vpaddd %3, %0, %0\n\t"
+        "vpaddd %2, %1, %1"
+        : "+x"(sum[0].v), "+x"(sum[1].v), "=&x"(pair), "=&x"(product)
+        : "m"(*a), "x"(first), "x"(second));
+    return;
+  }
+#endif
+#pragma GCC unroll 4
+  for (int n = 0; n < COLUMN_REGISTERS; ++n) sum[n] = Dot::multiply_add(a, panel + n * F32::width, sum[n]);
+}
+
 FOVEAL_INLINE int64_t number_bytes(Format format) { return format == Format::f32 ? 4 : format == Format::bf16 ? 2 : 1; }
 
 // What a number in words has to be multiplied with.

@@ -23,7 +23,7 @@ namespace foveal::FOVEAL_ISA {
 namespace {
 
 constexpr int QUERIES = 4;
-constexpr int KEYS = 48;
+constexpr int KEYS = 36;
 // Queries that see no more than topk keys are filled in so many at a time.
 constexpr int FILLED = 64;
 // A part of a context is not worth a thread below this many keys; items for each thread, so that none ends far behind.
@@ -119,6 +119,7 @@ struct Selection {
     Word* row;            // [row_words]
     Word* keys;           // [KEYS, row_words]
     float* scales;        // [KEYS]
+    float* scores;        // [KEYS], whole registers
     Candidates candidates[QUERIES];
     RadixMemory radix;
   };
@@ -127,7 +128,7 @@ struct Selection {
     const int64_t heads = panels * PANEL;
     return Scratch::rounded(QUERIES * heads * words * 4) + 2 * Scratch::rounded(QUERIES * heads * 4) +
            Scratch::rounded(row_words * 4) + Scratch::rounded(KEYS * row_words * 4) + Scratch::rounded(KEYS * 4) +
-           QUERIES * 2 * Scratch::rounded(candidates * 4) + RadixMemory::bytes(candidates);
+           Scratch::rounded((KEYS + F32::width) * 4) + QUERIES * 2 * Scratch::rounded(candidates * 4) + RadixMemory::bytes(candidates);
   }
 
   Workspace workspace(Scratch& scratch, int64_t candidates) const {
@@ -139,6 +140,7 @@ struct Selection {
     w.row = scratch.take<Word>(row_words);
     w.keys = scratch.take<Word>(KEYS * row_words);
     w.scales = scratch.take<float>(KEYS);
+    w.scores = scratch.take<float>(KEYS + F32::width);
     for (Candidates& c : w.candidates) {
       c.keys = scratch.take<uint32_t>(candidates);
       c.positions = scratch.take<int32_t>(candidates);
@@ -171,24 +173,39 @@ struct Selection {
     }
   }
 
+  bool in_records() const { return s.keys.format == Format::e4m3 || s.keys.format == Format::int8; }
+
+  const uint8_t* key_at(int64_t row) const {
+    if (!in_records()) return s.keys.data + row * s.keys.stride;
+    return s.keys.data + row / PAGE_SIZE * s.keys.stride + row % PAGE_SIZE * s.size;
+  }
+
+  // The scale of the key that is stored there, in records.
+  const uint8_t* scale_at(const uint8_t* key, int64_t row) const {
+    const int64_t place = row % PAGE_SIZE;
+    return key + (PAGE_SIZE - place) * s.size + place * 4;
+  }
+
   // Keys of `count` positions from `start` on as words.
   void read_keys(const Workspace& w, int64_t sequence, int64_t start, int64_t count) const {
-    const IndexKeys& keys = s.keys;
-    const bool records = keys.format == Format::e4m3 || keys.format == Format::int8;
-    const float factor = unit<Dot>(keys.format);
+    const float factor = unit<Dot>(s.keys.format);
     for (int64_t n = 0; n < count; ++n) {
       const int64_t row = s.sequences.row(sequence, start + n);
-      Word* words_n = w.keys + n * row_words;
-      if (!records) {
-        RowOf<Dot>::read(keys.format, keys.data + row * keys.stride, s.size, words_n, true);
-        w.scales[n] = factor;
-        continue;
-      }
-      const uint8_t* page = keys.data + row / PAGE_SIZE * keys.stride;
-      const int64_t place = row % PAGE_SIZE;
-      RowOf<Dot>::read(keys.format, page + place * s.size, s.size, words_n, true);
-      std::memcpy(w.scales + n, page + PAGE_SIZE * s.size + place * 4, 4);
-      w.scales[n] *= factor;
+      const uint8_t* key = key_at(row);
+      RowOf<Dot>::read(s.keys.format, key, s.size, w.keys + n * row_words, true);
+      float scale = 1.0f;
+      if (in_records()) std::memcpy(&scale, scale_at(key, row), 4);
+      w.scales[n] = scale * factor;
+    }
+  }
+
+  void prefetch_keys(int64_t sequence, int64_t start, int64_t stop) const {
+    const int64_t bytes = s.size * number_bytes(s.keys.format);
+    for (int64_t n = start; n < stop; ++n) {
+      const int64_t row = s.sequences.row(sequence, n);
+      const uint8_t* key = key_at(row);
+      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(key + b, 0, 3);
+      if (in_records()) __builtin_prefetch(scale_at(key, row), 0, 3);
     }
   }
 
@@ -209,10 +226,7 @@ struct Selection {
     const Word* stop = panel + words * PANEL;
     for (; panel != stop; panel += PANEL, ++keys) {
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-        for (int n = 0; n < COLUMN_REGISTERS; ++n)
-          sum[m][n] = Dot::multiply_add(keys + m * row_words, panel + n * F32::width, sum[m][n]);
+      for (int m = 0; m < M; ++m) multiply_add_row<Dot>(keys + m * row_words, panel, sum[m]);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
@@ -231,14 +245,20 @@ struct Selection {
     if constexpr (M > 1) score_last_rows<M - 1>(rows, keys, panel, weights, offsets, totals, first);
   }
 
+  // Keys that are wanted next: fetched piece by piece, while others are multiplied.
+  struct Ahead {
+    int64_t sequence, start, count;
+  };
+
   // Scores of query `q` of the workspace and its first `count` keys.
-  __attribute__((noinline)) void score(const Workspace& w, int q, int count, float* scores) const {
+  __attribute__((noinline)) void score(const Workspace& w, int q, int count, Ahead ahead) const {
     const int64_t heads = panels * PANEL;
     alignas(64) float totals[KEYS * F32::width];
     for (int64_t p = 0; p < panels; ++p) {
       const Word* panel = w.panels + (q * heads + p * PANEL) * words;
       const float* weights = w.weights + q * heads + p * PANEL;
       const int32_t* offsets = w.offsets + q * heads + p * PANEL;
+      prefetch_keys(ahead.sequence, ahead.start + p * ahead.count / panels, ahead.start + (p + 1) * ahead.count / panels);
       int n = 0;
       for (; n + TILE_ROWS <= count; n += TILE_ROWS)
         score_rows<TILE_ROWS>(w.keys + n * row_words, panel, weights, offsets, totals + n * F32::width, p == 0);
@@ -246,7 +266,7 @@ struct Selection {
         score_last_rows<TILE_ROWS - 1>(
             count - n, w.keys + n * row_words, panel, weights, offsets, totals + n * F32::width, p == 0);
     }
-    for (int n = 0; n < count; ++n) scores[n] = sum(load(totals + n * F32::width)) * w.scales[n];
+    for (int n = 0; n < count; ++n) w.scores[n] = sum(load(totals + n * F32::width)) * w.scales[n];
   }
 
   void run_item(Workspace& w, const Item& item, const Slots& slots) const {
@@ -261,10 +281,11 @@ struct Selection {
       for (int q = 0; q < item.queries; ++q) {
         const int64_t visible = lower(count, item.position + q + 1 - start);
         if (visible <= 0) continue;
-        alignas(64) float scores[KEYS];
-        score(w, q, static_cast<int>(visible), scores);
+        const int64_t next = start + KEYS;
+        const Ahead ahead{item.sequence, next, q == 0 ? higher(0, lower(KEYS, item.stop - next)) : 0};
+        score(w, q, static_cast<int>(visible), ahead);
         if (w.candidates[q].count + KEYS > capacity) w.candidates[q].keep_highest(s.topk, w.radix);
-        w.candidates[q].add(scores, static_cast<int>(visible), static_cast<int32_t>(start));
+        w.candidates[q].add(w.scores, static_cast<int>(visible), static_cast<int32_t>(start));
       }
     }
     for (int q = 0; q < item.queries; ++q) finish(w, q, item, slots);

@@ -82,12 +82,24 @@ struct Candidates {
     limited = false;
   }
 
-  // Scores of positions from `position` on; there is room for them.
+  // Scores of positions from `position` on, read in whole registers; there is room for them.
   FOVEAL_INLINE void add(const float* scores, int number, int32_t position) {
-    for (int i = 0; i < number; ++i) {
-      keys[count] = order_of(scores[i]);
-      positions[count] = position + i;
-      count += !limited || scores[i] > floor;
+    if (!limited) {
+      for (int i = 0; i < number; ++i) {
+        keys[count + i] = order_of(scores[i]);
+        positions[count + i] = position + i;
+      }
+      count += number;
+      return;
+    }
+    for (int start = 0; start < number; start += F32::width) {
+      uint32_t above = lanes_above(load(scores + start), floor);
+      if (number - start < F32::width) above &= (1u << (number - start)) - 1;
+      for (; above; above &= above - 1, ++count) {
+        const int i = start + __builtin_ctz(above);
+        keys[count] = order_of(scores[i]);
+        positions[count] = position + i;
+      }
     }
   }
 
