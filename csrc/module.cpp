@@ -35,11 +35,13 @@ void add_instruction_set(nb::module_& parent, Isa isa, const char* name) {
   bind_activation(module, isa);
   bind_block(module, isa);
   bind_flash(module, isa);
+  bind_latent(module, isa);
   bind_linear(module, isa);
   bind_norm(module, isa);
   bind_peak(module, isa);
+  bind_quantise(module, isa);
   bind_rope(module, isa);
-  bind_latent(module, isa);
+  bind_select(module, isa);
 }
 
 }  // namespace

@@ -32,10 +32,12 @@ void bind_activation(nb::module_& module, Isa isa);
 void bind_block(nb::module_& module, Isa isa);
 void bind_block_types(nb::module_& module);  // once, for all instruction sets
 void bind_flash(nb::module_& module, Isa isa);
+void bind_latent(nb::module_& module, Isa isa);
 void bind_linear(nb::module_& module, Isa isa);
 void bind_norm(nb::module_& module, Isa isa);
 void bind_peak(nb::module_& module, Isa isa);
+void bind_quantise(nb::module_& module, Isa isa);
 void bind_rope(nb::module_& module, Isa isa);
-void bind_latent(nb::module_& module, Isa isa);
+void bind_select(nb::module_& module, Isa isa);
 
 }  // namespace foveal

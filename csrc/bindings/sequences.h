@@ -21,7 +21,7 @@ inline void check(const Sequences& sequences, int64_t rows) {
   for (int64_t s = 0; s < sequences.count; ++s) {
     const int64_t length = sequences.lengths[s], start = sequences.starts[s];
     const int64_t queries = sequences.query_offsets[s + 1] - sequences.query_offsets[s];
-    if (sequences.first_positions[s] < 0 || sequences.first_positions[s] + queries > length)
+    if (queries < 0 || sequences.first_positions[s] < 0 || sequences.first_positions[s] + queries > length)
       fail("sequence " + std::to_string(s) + " has queries up to position " +
            std::to_string(sequences.first_positions[s] + queries) + ", but only " + std::to_string(length) + " keys");
     if (start >= 0) {

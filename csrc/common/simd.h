@@ -69,6 +69,11 @@ FOVEAL_INLINE F32 where_at_least(F32 y, float limit, F32 x) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y.v, _mm512_set1_ps(limit), _CMP_GE_OQ), x.v)};
 }
 
+// Bit i: lane i is greater than limit.
+FOVEAL_INLINE uint32_t lanes_above(F32 x, float limit) {
+  return _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_GT_OQ);
+}
+
 FOVEAL_INLINE F32 widen_bf16(__m256i x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))}; }
 FOVEAL_INLINE F32 load(const bf16* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 // Rounds to the nearest, ties to even; NaN stays NaN.
@@ -142,6 +147,11 @@ FOVEAL_INLINE F32 scale2(F32 x, F32 n) {
 // x where limit <= y, otherwise 0.
 FOVEAL_INLINE F32 where_at_least(F32 y, float limit, F32 x) {
   return {_mm256_and_ps(_mm256_cmp_ps(y.v, _mm256_set1_ps(limit), _CMP_GE_OQ), x.v)};
+}
+
+// Bit i: lane i is greater than limit.
+FOVEAL_INLINE uint32_t lanes_above(F32 x, float limit) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x.v, _mm256_set1_ps(limit), _CMP_GT_OQ)));
 }
 
 FOVEAL_INLINE F32 widen_bf16(__m128i x) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16))}; }
@@ -226,6 +236,12 @@ FOVEAL_INLINE F32 scale2(F32 x, F32 n) {
 // x where limit <= y, otherwise 0.
 FOVEAL_INLINE F32 where_at_least(F32 y, float limit, F32 x) {
   return each([&](int i) { return y.v[i] >= limit ? x.v[i] : 0.0f; });
+}
+// Bit i: lane i is greater than limit.
+FOVEAL_INLINE uint32_t lanes_above(F32 x, float limit) {
+  uint32_t bits = 0;
+  for (int i = 0; i < F32::width; ++i) bits |= static_cast<uint32_t>(x.v[i] > limit) << i;
+  return bits;
 }
 FOVEAL_INLINE F32 load(const bf16* p) {
   return each([&](int i) { return from_bits(static_cast<uint32_t>(p[i].bits) << 16); });

@@ -8,9 +8,8 @@ from torch import Tensor
 from transcription import act_quant, every_e4m3, fp8_index_vectors, hadamard_matrix
 
 from foveal.cache.layouts import IndexKeyLayout, LatentLayout
-from foveal.kernels import Contexts, KeySource, Queries, hadamard, quantise_e4m3, select
+from foveal.kernels import Contexts, KeySource, Queries, hadamard, quantise_e4m3, quantise_index, select
 from foveal.kernels.quantise import e4m3_to_float32, power_of_two_scale
-from foveal.kernels.records import quantise_index
 
 
 def test_e4m3_decoding_is_exact() -> None:
@@ -46,15 +45,6 @@ def test_hadamard() -> None:
         hadamard(torch.randn(2, 48))
 
 
-def test_hadamard_after_inference() -> None:
-    """The cached matrix being made in inference mode, which forbids gradients to all who use it later."""
-    with torch.inference_mode():
-        hadamard(torch.randn(2, 256))
-    x = torch.randn(2, 256, requires_grad=True)
-    hadamard(x).square().sum().backward()
-    assert x.grad is not None
-
-
 def paged(length: int) -> tuple[Tensor, Contexts]:
     """Rows of a shuffled sequence of pages, and the context that finds them."""
     pages = torch.randperm(-(-length // 64)) + 1
@@ -67,13 +57,13 @@ def test_fp8_selection_equals_the_transcription(consecutive: bool, capsys: pytes
     """Any slip in hadamard -> e4m3 -> page layout -> scores -> selection; prints the overlap with unquantised."""
     heads, dim, length, count, topk = 16, 64, 300, 40, 32
     q, k, weights = torch.randn(count, heads, dim), torch.randn(length, dim), torch.randn(count, heads)
-    layout = IndexKeyLayout(8, dim, "cpu")
+    layout = IndexKeyLayout(8, dim, "fp8", "cpu")
     rows, contexts = paged(length) if not consecutive else (torch.arange(64, 64 + length), Contexts((length,), (64,)))
     layout.write(rows, k)
     assert layout.pages.shape[1] == 64 * (dim + 4)
     queries = Queries((0, count), (length - count,))
-    values, scale = quantise_index(q)
-    selected = select(values.float(), weights * scale, KeySource(layout.records, contexts), queries, topk=topk)
+    values, scale = quantise_index(q, "fp8")
+    selected = select(values, weights * scale, KeySource(layout.records, contexts), queries, topk=topk)
 
     turned, keys = fp8_index_vectors(q), fp8_index_vectors(k)
     overlap = 0

@@ -77,7 +77,7 @@ def test_parameters_that_stay_float32_do(tmp_path: Path) -> None:
         ({"device": "warp"}, "device 'warp' is not one that torch knows"),
         ({"device": "meta"}, "device 'meta' is not supported"),
         ({"index_dtype": "int3"}, "index_dtype must be one of .*'int3'"),
-        ({"index_dtype": torch.int8}, "index_dtype must be one of .*'int8'"),
+        ({"index_dtype": torch.int16}, "index_dtype must be one of .*'int16'"),
         ({"index_dtype": "fp8"}, "index_dtype 'fp8' is for index keys, which llama does not have"),
         ({"mla_form": "folded"}, "mla_form must be one of .*'folded'"),
         ({"mla_form": "absorbed"}, "mla_form 'absorbed' is for latent attention, which llama does not have"),
@@ -97,6 +97,8 @@ def test_unknown_settings_are_named(llama: Path, settings: dict[str, Any], messa
         (torch.bfloat16, torch.bfloat16),
         (torch.float32, torch.float32),
         (torch.float8_e4m3fn, "fp8"),
+        ("int8", "int8"),
+        (torch.int8, "int8"),
     ],
 )
 def test_sparse_attention_settings_arrive(index_dtype: str | torch.dtype, stored: object, tmp_path: Path) -> None:

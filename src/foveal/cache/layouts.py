@@ -54,11 +54,11 @@ class LatentLayout:
 
 
 class IndexKeyLayout:
-    """Index keys as fp8 with a scale each (132 bytes a token for DeepSeek-V3.2)."""
+    """Index keys as "fp8" or "int8" with a scale each (132 bytes a token for DeepSeek-V3.2)."""
 
-    def __init__(self, pages: int, head_dim: int, device: torch.device | str) -> None:
-        self.pages = _allocate((pages, PAGE_SIZE * index_key_bytes(head_dim, "fp8")), torch.uint8, device)
-        self.records = IndexKeyRecords(self.pages, head_dim)
+    def __init__(self, pages: int, head_dim: int, dtype: str, device: torch.device | str) -> None:
+        self.pages = _allocate((pages, PAGE_SIZE * index_key_bytes(head_dim, dtype)), torch.uint8, device)
+        self.records = IndexKeyRecords(self.pages, head_dim, dtype)
 
     def write(self, rows_T: Tensor, values_TX: Tensor) -> None:
         """See `PagedLayout.write`."""

@@ -11,10 +11,10 @@ from foveal.config.formats import PAGE_SIZE, index_key_bytes, latent_bytes
 from foveal.config.model import BlockConfig, GQAConfig, IndexerConfig, MambaConfig, MLAConfig
 
 KV_CACHE_DTYPES = {"auto": None, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp8": "fp8"}
-INDEX_DTYPES = KV_CACHE_DTYPES | {"float32": torch.float32, "fp32": torch.float32}
+INDEX_DTYPES = KV_CACHE_DTYPES | {"int8": "int8", "float32": torch.float32, "fp32": torch.float32}
 
 StoredDtype = torch.dtype | str
-"""A torch dtype, or "fp8": the record formats with scales."""
+"""A torch dtype, or "fp8" or (index keys) "int8": the record formats with scales."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class CacheStore:
         dtype = self.plan.index_dtype
         if isinstance(dtype, torch.dtype):
             return self._plain((indexer.head_dim,), dtype)
-        return IndexKeyLayout(self.page_count, indexer.head_dim, self._device)
+        return IndexKeyLayout(self.page_count, indexer.head_dim, dtype, self._device)
 
 
 def _token_bytes(block: BlockConfig, dtype: torch.dtype, latent: StoredDtype, index: StoredDtype) -> int:

@@ -23,7 +23,7 @@ Stop = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32 or bfloat16.", rich_help_panel=_PRECISION)]
 IndexDtype = Annotated[
-    str, typer.Option(help="How index keys are cached: auto, fp8 or bf16.", rich_help_panel=_PRECISION)
+    str, typer.Option(help="How index keys are cached: auto, fp8, int8 or bf16.", rich_help_panel=_PRECISION)
 ]
 KVCacheDtype = Annotated[
     str, typer.Option("--kv-cache-dtype", help="How latents are cached: auto, bf16 or fp8.", rich_help_panel=_PRECISION)

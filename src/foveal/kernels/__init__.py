@@ -10,7 +10,8 @@ from foveal.kernels.keys import Columns, Contexts, KeySource, OneHead, Queries, 
 from foveal.kernels.matmul import QuantisedWeight, linear, pack_weight, quantise_weight
 from foveal.kernels.moe import experts
 from foveal.kernels.norm import add_rms_norm, rms_norm
-from foveal.kernels.quantise import hadamard, quantise_e4m3
+from foveal.kernels.quantise import hadamard, quantise_e4m3, quantise_index
+from foveal.kernels.records import write_index_keys, write_latents
 from foveal.kernels.rope import apply_rope
 from foveal.kernels.scan import causal_conv, selective_scan
 from foveal.kernels.selection import select
@@ -36,11 +37,14 @@ __all__ = [
     "operations",
     "pack_weight",
     "quantise_e4m3",
+    "quantise_index",
     "quantise_weight",
     "rms_norm",
     "select",
     "selective_scan",
     "sparse_attention",
+    "write_index_keys",
+    "write_latents",
 ]
 
 
@@ -50,4 +54,5 @@ del _cpu  # importing it registered the compiled versions
 def operations() -> tuple[Operation[..., Any], ...]:
     """Every operation that has versions to choose from."""
     products = (linear, attention, sparse_attention, select, experts, causal_conv, selective_scan)
-    return (*products, rms_norm, add_rms_norm, apply_rope, gated)
+    stores = (quantise_index, write_index_keys, write_latents)
+    return (*products, *stores, rms_norm, add_rms_norm, apply_rope, gated)

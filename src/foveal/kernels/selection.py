@@ -5,6 +5,7 @@ from torch import Tensor
 
 from foveal.kernels.dispatch import operation
 from foveal.kernels.keys import KeySource, Queries
+from foveal.kernels.quantise import to_float32
 
 # Scores of one tile (queries x index heads x keys), and keys of one stretch of context.
 TILE_SCORES = 1 << 21
@@ -17,14 +18,14 @@ def select(q_TIJ: Tensor, weights_TI: Tensor, keys: KeySource, queries: Queries,
 
     I(t, n) = sum_i weights(t, i) ReLU(q(t, i) . k(n)) in float32 (DeepSeek-V3.2 report, equation 1; the softmax scale,
     the head scale and the query's quantisation scale are folded into the weights, a key's scale into the key).
-    q_TIJ: [T, I, J]; weights_TI: float32 [T, I]; keys: rows [J]. Returns int32 [T, topk], ascending, -1 last where a
+    q_TIJ: [T, I, J], any float dtype, e4m3 or int8; weights_TI: float32 [T, I]; keys: rows [J]. Returns int32 [T, topk], ascending, -1 last where a
     query has fewer earlier tokens. Ties go to the lower position.
     """
     selection_TK = torch.full((q_TIJ.shape[0], topk), -1, dtype=torch.int32, device=q_TIJ.device)
     for s, (row, count, first) in enumerate(queries):
         k_NJ = keys.context(s, 0, first + count).float()
         for t in range(count):
-            products_IN = torch.relu(q_TIJ[row + t].float() @ k_NJ[: first + t + 1].T)
+            products_IN = torch.relu(to_float32(q_TIJ[row + t]) @ k_NJ[: first + t + 1].T)
             order = (weights_TI[row + t] @ products_IN).argsort(descending=True, stable=True)[:topk]
             selection_TK[row + t, : len(order)] = order.sort().values
     return selection_TK
@@ -35,7 +36,7 @@ def _select_streamed(q_TIJ: Tensor, weights_TI: Tensor, keys: KeySource, queries
     selection_TK = torch.empty(q_TIJ.shape[0], topk, dtype=torch.int32, device=q_TIJ.device)
     for s, (row, count, first) in enumerate(queries):
         rows = slice(row, row + count)
-        _select_sequence(q_TIJ[rows].float(), weights_TI[rows], keys, s, first, selection_TK[rows])
+        _select_sequence(to_float32(q_TIJ[rows]), weights_TI[rows], keys, s, first, selection_TK[rows])
     return selection_TK
 
 
@@ -90,9 +91,10 @@ def keep_highest(scores_TN: Tensor, start: int, selection_TK: Tensor, best_TK: T
 
 
 def index_scores(q_tIJ: Tensor, weights_tI: Tensor, k_NJ: Tensor) -> Tensor:
-    """sum_i weights(t, i) ReLU(q(t, i) . k(n)): float32 [t, n] of float32 q [t, I, J], weights [t, I] and k [n, J]."""
+    """sum_i weights(t, i) ReLU(q(t, i) . k(n)): float32 [t, n] of q [t, I, J] (any dtype), float32 weights [t, I] and
+    k [n, J]."""
     count, heads, _ = q_tIJ.shape
-    products_tIN = (q_tIJ.flatten(0, 1) @ k_NJ.T).relu_().unflatten(0, (count, heads))
+    products_tIN = (to_float32(q_tIJ).flatten(0, 1) @ k_NJ.T).relu_().unflatten(0, (count, heads))
     return torch.bmm(weights_tI[:, None], products_tIN)[:, 0]
 
 

@@ -34,7 +34,7 @@ def load_model(
     path: a directory, a .gguf file, a Hub id or an alias (see `resolve_model`).
     dtype: of the weights; "auto" is the checkpoint's own, or bfloat16 where that is float16, which CPUs are slow at;
         a GGUF file's quantised weights become float32, so that they are not rounded twice.
-    index_dtype: how index keys are cached: "auto", "fp8", "bf16" or "float32", or such a torch dtype.
+    index_dtype: how index keys are cached: "auto", "fp8", "int8", "bf16" or "float32", or such a torch dtype.
     mla_form: how latent attention is computed: "auto" (the cheapest by arithmetic), "expanded" or "absorbed".
 
     Raises ValueError for anything that cannot be loaded as asked, naming it: an unknown model, dtype, device or form, a

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from foveal.cache.layouts import BlockCache
 from foveal.config.formats import index_key_bytes
 from foveal.config.model import IndexerConfig
-from foveal.kernels import KeySource, Queries, Rows, apply_rope, select
-from foveal.kernels.records import quantise_index
+from foveal.kernels import KeySource, Queries, Rows, apply_rope, quantise_index, select
+from foveal.kernels.records import IndexKeyRecords
 from foveal.nn.linear import Linear
 from foveal.nn.mla import gather_queries
 from foveal.nn.norm import LayerNorm
@@ -18,13 +18,14 @@ class Indexer(nn.Module):
     """DeepSeek Sparse Attention's indexer (DeepSeek-V3.2 report, section 2.1; `inference/model.py`, `Indexer`).
 
     `stored`: what keys are kept as. With "fp8", queries and keys are turned by a Hadamard matrix and rounded to e4m3
-    with power-of-two scales, as DeepSeek runs it; with a torch dtype the turn would change nothing and is left out.
+    with power-of-two scales, as DeepSeek runs it, with "int8" to whole numbers; with a torch dtype the turn would change
+    nothing and is left out.
     """
 
     def __init__(self, config: IndexerConfig, hidden_size: int, dtype: torch.dtype, stored: torch.dtype | str) -> None:
         super().__init__()
         self.config, self.stored = config, stored
-        index_key_bytes(config.head_dim, str(stored).removeprefix("torch."))  # refuses what fp8 cannot hold
+        index_key_bytes(config.head_dim, str(stored).removeprefix("torch."))  # refuses what cannot be turned
         self.wq_b = Linear(config.query_dim, config.heads * config.head_dim, dtype=dtype)
         self.wk = Linear(hidden_size, config.head_dim, dtype=dtype)
         self.k_norm = LayerNorm(config.head_dim, config.norm_eps)
@@ -56,8 +57,7 @@ class Indexer(nn.Module):
         if isinstance(self.stored, torch.dtype):
             return KeySource(Rows(k_TJ.to(self.stored)), step.contexts)
         with torch.no_grad():
-            values, scale_T = quantise_index(k_TJ)
-            return KeySource(Rows(values.float() * scale_T[:, None]), step.contexts)
+            return KeySource(IndexKeyRecords.of(k_TJ, self.stored), step.contexts)
 
     def _select(self, x_TD: Tensor, latent_TX: Tensor, turns_TR: Tensor, keys: KeySource, queries: Queries) -> Tensor:
         with torch.no_grad():  # which tokens are picked has no gradient; training compares the scores themselves
@@ -65,15 +65,17 @@ class Indexer(nn.Module):
             return select(q_TIJ, weights_TI, keys, queries, topk=self.config.topk)
 
     def query(self, x_TD: Tensor, latent_TX: Tensor, turns_TR: Tensor) -> tuple[Tensor, Tensor]:
-        """Index queries [T, I, J] and head weights, float32 [T, I], all scales folded into the weights."""
+        """Index queries [T, I, J], of the kind that keys are stored as, and head weights, float32 [T, I], all scales
+        folded into the weights."""
         config = self.config
         q_TIJ = self.wq_b(latent_TX).unflatten(-1, (config.heads, config.head_dim))
         q_TIJ = apply_rope(q_TIJ, turns_TR, interleaved=config.rope.interleaved)
         weights_TI = self.weights_proj(x_TD.float()) * (config.heads**-0.5 * config.head_dim**-0.5)
-        if self.stored == "fp8":
-            values, scale_TI = quantise_index(q_TIJ)
-            return values.float(), weights_TI * scale_TI
-        return q_TIJ, weights_TI
+        if isinstance(self.stored, torch.dtype):
+            return q_TIJ, weights_TI
+        with torch.no_grad():
+            values, scale_TI = quantise_index(q_TIJ, self.stored)
+        return values, weights_TI * scale_TI
 
     def _everything(self, step: Step) -> Tensor:
         """The selection of queries that see no more than topk tokens: all of them."""

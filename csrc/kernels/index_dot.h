@@ -1,0 +1,201 @@
+// What index scores are sums of: rows of queries or keys as words (tile.h), and products of such words.
+//
+// FloatDot takes any pair of float formats. Bf16Dot, where the machine has it, takes pairs that bfloat16 holds exactly: e4m3
+// and bf16. Int8Dot sums whole numbers exactly: four products an instruction with VNNI, which wants one side unsigned (keys
+// are stored 128 higher, and sums begin at what that adds), otherwise two products of int16.
+#pragma once
+
+#include "common/eight_bits.h"
+#include "common/tile.h"
+
+namespace foveal::FOVEAL_ISA {
+
+#if defined(FOVEAL_AVX512)
+struct I32 {
+  __m512i v;
+};
+FOVEAL_INLINE I32 set1(int32_t x) { return {_mm512_set1_epi32(x)}; }
+FOVEAL_INLINE I32 load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+FOVEAL_INLINE F32 to_float(I32 x) { return {_mm512_cvtepi32_ps(x.v)}; }
+#elif defined(FOVEAL_AVX2)
+struct I32 {
+  __m256i v;
+};
+FOVEAL_INLINE I32 set1(int32_t x) { return {_mm256_set1_epi32(x)}; }
+FOVEAL_INLINE I32 load(const int32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+FOVEAL_INLINE F32 to_float(I32 x) { return {_mm256_cvtepi32_ps(x.v)}; }
+#else
+struct I32 {
+  int32_t v[F32::width];
+};
+FOVEAL_INLINE I32 load(const int32_t* p) {
+  I32 result;
+  std::memcpy(result.v, p, sizeof result.v);
+  return result;
+}
+FOVEAL_INLINE F32 to_float(I32 x) {
+  return each([&](int i) { return static_cast<float>(x.v[i]); });
+}
+#endif
+FOVEAL_INLINE F32 to_float(F32 x) { return x; }
+
+struct Int8Dot {
+#if defined(FOVEAL_BF16)
+  static constexpr int numbers = 4;
+  static constexpr int32_t key_offset = 128;
+  static FOVEAL_INLINE I32 multiply_add(const Word* a, const Word* b, I32 c) {
+    int keys;
+    std::memcpy(&keys, a, 4);
+    const __m512i keys_v = _mm512_set1_epi32(keys), queries = _mm512_loadu_si512(b);
+#if defined(FOVEAL_EMULATED)
+    return {_mm512_dpbusd_epi32(c.v, keys_v, queries)};
+#else
+    // GCC 12 spills accumulators with the intrinsic.
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(c.v) : "v"(keys_v), "v"(queries));
+    return c;
+#endif
+  }
+#else
+  static constexpr int numbers = 2;
+  static constexpr int32_t key_offset = 0;
+  static FOVEAL_INLINE I32 multiply_add(const Word* a, const Word* b, I32 c) {
+    int pair;
+    std::memcpy(&pair, a, 4);
+#if defined(FOVEAL_AVX512)
+    return {_mm512_add_epi32(c.v, _mm512_madd_epi16(_mm512_set1_epi32(pair), load(reinterpret_cast<const int32_t*>(b)).v))};
+#elif defined(FOVEAL_AVX2)
+    return {_mm256_add_epi32(c.v, _mm256_madd_epi16(_mm256_set1_epi32(pair), load(reinterpret_cast<const int32_t*>(b)).v))};
+#else
+    const int low = static_cast<int16_t>(pair), high = pair >> 16;
+    for (int i = 0; i < F32::width; ++i)
+      c.v[i] += low * static_cast<int16_t>(b[i]) + high * (static_cast<int32_t>(b[i]) >> 16);
+    return c;
+#endif
+  }
+#endif
+};
+
+template <class Dot>
+struct Product {
+  using Sum = F32;
+};
+template <>
+struct Product<Int8Dot> {
+  using Sum = I32;
+};
+
+// One word of a row times all columns of a panel.
+template <class Dot>
+FOVEAL_INLINE void multiply_add_row(const Word* a, const Word* panel, typename Product<Dot>::Sum* sum) {
+#if defined(FOVEAL_AVX2)
+  if constexpr (Dot::numbers == 2) {
+    static_assert(COLUMN_REGISTERS == 2);
+    // GCC 12 would broadcast all rows' words first, and spill the sums for it: there is no register to spare.
+    const __m256i first = load(reinterpret_cast<const int32_t*>(panel)).v;
+    const __m256i second = load(reinterpret_cast<const int32_t*>(panel + F32::width)).v;
+    __m256i pair, product;
+    __asm__(
+        "vpbroadcastd %4, %2\n\t"
+        "vpmaddwd %5, %2, %3\n\t"
+        "vpmaddwd %6, %2, %2\n\t"
+        "vpaddd %3, %0, %0\n\t"
+        "vpaddd %2, %1, %1"
+        : "+x"(sum[0].v), "+x"(sum[1].v), "=&x"(pair), "=&x"(product)
+        : "m"(*a), "x"(first), "x"(second));
+    return;
+  }
+#endif
+#pragma GCC unroll 4
+  for (int n = 0; n < COLUMN_REGISTERS; ++n) sum[n] = Dot::multiply_add(a, panel + n * F32::width, sum[n]);
+}
+
+FOVEAL_INLINE int64_t number_bytes(Format format) { return format == Format::f32 ? 4 : format == Format::bf16 ? 2 : 1; }
+
+// What a number in words has to be multiplied with.
+template <class Dot>
+FOVEAL_INLINE float unit(Format format) {
+  return Dot::numbers == 1 && format == Format::e4m3 ? E4M3_UNIT : 1.0f;
+}
+
+// One row of `size` numbers as words, zeros after its end; `words` has room for 16 numbers more.
+template <class Dot>
+struct RowOf;
+
+template <>
+struct RowOf<FloatDot> {
+  static FOVEAL_INLINE void read(Format format, const uint8_t* row, int64_t size, Word* words, bool) {
+    float* out = reinterpret_cast<float*>(words);
+    if (format == Format::e4m3) return unpack(reinterpret_cast<const e4m3*>(row), out, size);
+    if (format == Format::f32) {
+      std::memcpy(out, row, size * 4);
+      return;
+    }
+    const bf16* in = reinterpret_cast<const bf16*>(row);
+    int64_t i = 0;
+    for (; i + F32::width <= size; i += F32::width) store(out + i, load(in + i));
+    if (i < size) store(out + i, load_partial(in + i, static_cast<int>(size - i)));
+  }
+};
+
+#if defined(FOVEAL_BF16)
+// 32 e4m3 as bf16, exactly: an exponent 120 larger, and a table for those without a leading one.
+FOVEAL_INLINE __m512i widen_e4m3(__m256i codes) {
+  const __m512i wide = _mm512_cvtepu8_epi16(codes);
+  const __m512i size = _mm512_and_si512(wide, _mm512_set1_epi16(0x7f));
+  __m512i bits = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_set1_epi16(120 << 7));
+  // m 2^-9 for m below 8
+  const __m512i small = _mm512_broadcast_i32x4(_mm_setr_epi16(
+      0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+  const __mmask32 is_small = _mm512_cmplt_epi16_mask(size, _mm512_set1_epi16(8));
+  bits = _mm512_mask_mov_epi16(bits, is_small, _mm512_permutexvar_epi16(size, small));
+  return _mm512_or_si512(bits, _mm512_slli_epi16(_mm512_sub_epi16(wide, size), 8));
+}
+
+template <>
+struct RowOf<Bf16Dot> {
+  static FOVEAL_INLINE void read(Format format, const uint8_t* row, int64_t size, Word* words, bool) {
+    uint8_t* out = reinterpret_cast<uint8_t*>(words);
+    if (format == Format::bf16) {
+      std::memcpy(out, row, size * 2);
+      if (size % 2) std::memset(out + size * 2, 0, 2);
+      return;
+    }
+    for (int64_t i = 0; i < size; i += 32) {
+      __m256i codes;
+      if (i + 32 <= size) {
+        codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + i));
+      } else {
+        uint8_t rest[32] = {};
+        std::memcpy(rest, row + i, size - i);
+        codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rest));
+      }
+      _mm512_storeu_si512(out + 2 * i, widen_e4m3(codes));
+    }
+  }
+};
+#endif
+
+template <>
+struct RowOf<Int8Dot> {
+  static FOVEAL_INLINE void read(Format, const uint8_t* row, int64_t size, Word* words, bool key) {
+#if defined(FOVEAL_BF16)
+    uint8_t* out = reinterpret_cast<uint8_t*>(words);
+    const uint8_t flip = key ? 0x80 : 0;
+    for (int64_t i = 0; i < size; ++i) out[i] = row[i] ^ flip;
+    for (int64_t i = size; i % 4; ++i) out[i] = flip;
+#else
+    static_cast<void>(key);
+    int16_t* out = reinterpret_cast<int16_t*>(words);
+    for (int64_t i = 0; i < size; ++i) out[i] = static_cast<int8_t>(row[i]);
+    if (size % 2) out[size] = 0;
+#endif
+  }
+};
+
+// Numbers of words that rows are read into.
+template <class Dot>
+FOVEAL_INLINE int64_t words_of(int64_t size) {
+  return (size + Dot::numbers - 1) / Dot::numbers;
+}
+
+}  // namespace foveal::FOVEAL_ISA

@@ -1,0 +1,362 @@
+// Index scores fused with an exact top-k.
+//
+// An item of work is a tile of up to QUERIES queries of one sequence and a part of their context (all of it, unless there
+// are too few tiles for the threads). Its queries are packed into panels of heads once (tile.h's B). Keys pass by KEYS at a
+// time: they are read where they are stored and converted into words once for all queries and heads of the tile (tile.h's
+// A; first-level cache), and each panel of heads is multiplied with them. Products never leave the registers: ReLU, head
+// weights and the sum over heads are applied to the accumulators, and one float a key is left.
+//
+// Scores are not stored either. A query keeps candidates, keys that may be among its topk, in order of position; what does
+// not exceed the floor, the topk-th best score so far, is dropped at once. When the candidates' memory is full, a radix
+// selection finds the exact topk of them and raises the floor. A later key that equals the floor loses to the topk lower
+// positions that are kept, so ties go to the lower position. Parts of a context are merged the same way.
+//
+// A score depends on its query and key only, not on tiles or threads, and so does the selection.
+#include "kernels/select.h"
+
+#include "common/parallel.h"
+#include "common/scratch.h"
+#include "kernels/index_dot.h"
+#include "kernels/topk.h"
+
+namespace foveal::FOVEAL_ISA {
+namespace {
+
+constexpr int QUERIES = 4;
+constexpr int KEYS = 36;
+// Queries that see no more than topk keys are filled in so many at a time.
+constexpr int FILLED = 64;
+// A part of a context is not worth a thread below this many keys; items for each thread, so that none ends far behind.
+constexpr int64_t PART_KEYS = 2048, ITEMS_PER_THREAD = 4;
+
+struct Item {
+  int64_t sequence;
+  int64_t query, position;  // the first: its packed row, where it stands
+  int queries;
+  int64_t start, stop;      // keys
+  int64_t slot;             // where its candidates go if the context has several parts, otherwise -1
+  int parts;                // of the context, in the first of its items; 0 in the others
+};
+
+int64_t lower(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t higher(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls each(sequence, first row, first position, count) for tiles whose queries all see more than topk keys, or all not.
+template <class Each>
+void for_tiles(const Select& s, Each each) {
+  for (int64_t q = 0; q < s.sequences.count; ++q) {
+    const int64_t first = s.sequences.query_offsets[q], count = s.sequences.query_offsets[q + 1] - first;
+    const int64_t position = s.sequences.first_positions[q];
+    const int64_t filled = lower(count, higher(0, s.topk - position));
+    for (int64_t t = 0; t < filled; t += FILLED) each(q, first + t, position + t, lower(FILLED, filled - t));
+    for (int64_t t = filled; t < count; t += QUERIES) each(q, first + t, position + t, lower(QUERIES, count - t));
+  }
+}
+
+struct Plan {
+  Item* items;
+  int64_t count, slots;
+};
+
+int64_t keys_of_a_part(const Select& s) {
+  int64_t keys = 0;
+  for_tiles(s, [&](int64_t, int64_t, int64_t position, int64_t count) {
+    if (position >= s.topk) keys += position + count;
+  });
+  if (s.threads <= 1) return higher(keys, KEYS);
+  return quotient_up(higher(quotient_up(keys, s.threads * ITEMS_PER_THREAD), PART_KEYS), KEYS) * KEYS;
+}
+
+int64_t count_items(const Select& s, int64_t part) {
+  int64_t items = 0;
+  for_tiles(s, [&](int64_t, int64_t, int64_t position, int64_t count) {
+    items += position < s.topk ? 1 : quotient_up(position + count, part);
+  });
+  return items;
+}
+
+Plan make_plan(const Select& s, int64_t part, Item* items) {
+  Plan plan{items, 0, 0};
+  for_tiles(s, [&](int64_t sequence, int64_t row, int64_t position, int64_t count) {
+    const int64_t keys = position + count, parts = position < s.topk ? 1 : quotient_up(keys, part);
+    for (int64_t p = 0; p < parts; ++p) {
+      const int64_t start = p * part, stop = parts == 1 ? keys : lower(keys, start + part);
+      items[plan.count++] = {sequence, row, position, static_cast<int>(count), start, stop,
+                             parts > 1 ? plan.slots : -1, static_cast<int>(p ? 0 : parts)};
+      if (parts > 1) plan.slots += count;
+    }
+  });
+  return plan;
+}
+
+// What the queries' candidates of one part were, for the merge.
+struct Slots {
+  uint32_t* keys;      // [slots, topk]
+  int32_t* positions;  // [slots, topk]
+  int64_t* counts;     // [slots]
+};
+
+template <class Dot>
+struct Selection {
+  using Sum = typename Product<Dot>::Sum;
+
+  const Select& s;
+  const int64_t words, row_words, panels, capacity;
+
+  explicit Selection(const Select& select)
+      : s(select),
+        words(words_of<Dot>(s.size)),
+        row_words(quotient_up(words, 16) * 16),
+        panels(quotient_up(s.heads, PANEL)),
+        capacity(2 * s.topk + 2048) {}
+
+  // The memory of one thread.
+  struct Workspace {
+    Word* panels;         // [QUERIES, panels, words, PANEL]
+    float* weights;       // [QUERIES, panels * PANEL]
+    int32_t* offsets;     // [QUERIES, panels * PANEL]: where sums of whole numbers begin
+    Word* row;            // [row_words]
+    Word* keys;           // [KEYS, row_words]
+    float* scales;        // [KEYS]
+    float* scores;        // [KEYS], whole registers
+    Candidates candidates[QUERIES];
+    RadixMemory radix;
+  };
+
+  int64_t bytes(int64_t candidates) const {
+    const int64_t heads = panels * PANEL;
+    return Scratch::rounded(QUERIES * heads * words * 4) + 2 * Scratch::rounded(QUERIES * heads * 4) +
+           Scratch::rounded(row_words * 4) + Scratch::rounded(KEYS * row_words * 4) + Scratch::rounded(KEYS * 4) +
+           Scratch::rounded((KEYS + F32::width) * 4) + QUERIES * 2 * Scratch::rounded(candidates * 4) + RadixMemory::bytes(candidates);
+  }
+
+  Workspace workspace(Scratch& scratch, int64_t candidates) const {
+    const int64_t heads = panels * PANEL;
+    Workspace w;
+    w.panels = scratch.take<Word>(QUERIES * heads * words);
+    w.weights = scratch.take<float>(QUERIES * heads);
+    w.offsets = scratch.take<int32_t>(QUERIES * heads);
+    w.row = scratch.take<Word>(row_words);
+    w.keys = scratch.take<Word>(KEYS * row_words);
+    w.scales = scratch.take<float>(KEYS);
+    w.scores = scratch.take<float>(KEYS + F32::width);
+    for (Candidates& c : w.candidates) {
+      c.keys = scratch.take<uint32_t>(candidates);
+      c.positions = scratch.take<int32_t>(candidates);
+      c.capacity = candidates;
+    }
+    w.radix = RadixMemory(scratch, candidates);
+    return w;
+  }
+
+  // Query `row` of the batch as panels, place `q` of the workspace. Heads that fill up the last panel weigh nothing.
+  void pack_query(const Workspace& w, int q, int64_t row) const {
+    const int64_t heads = panels * PANEL, row_bytes = s.size * number_bytes(s.query_format);
+    Word* packed = w.panels + q * heads * words;
+    float* weights = w.weights + q * heads;
+    int32_t* offsets = w.offsets + q * heads;
+    for (int64_t h = 0; h < heads; ++h) {
+      const uint8_t* numbers = s.queries + (row * s.heads + h) * row_bytes;
+      if (h < s.heads)
+        RowOf<Dot>::read(s.query_format, numbers, s.size, w.row, false);
+      else
+        std::memset(w.row, 0, words * sizeof(Word));
+      Word* column = packed + h / PANEL * PANEL * words + h % PANEL;
+      for (int64_t i = 0; i < words; ++i) column[i * PANEL] = w.row[i];
+      weights[h] = h < s.heads ? s.weights[row * s.heads + h] * unit<Dot>(s.query_format) : 0.0f;
+      if constexpr (Dot::numbers == 4) {
+        int32_t total = 0;
+        for (int64_t i = 0; h < s.heads && i < s.size; ++i) total += static_cast<int8_t>(numbers[i]);
+        offsets[h] = -Int8Dot::key_offset * total;
+      }
+    }
+  }
+
+  bool in_records() const { return s.keys.format == Format::e4m3 || s.keys.format == Format::int8; }
+
+  const uint8_t* key_at(int64_t row) const {
+    if (!in_records()) return s.keys.data + row * s.keys.stride;
+    return s.keys.data + row / PAGE_SIZE * s.keys.stride + row % PAGE_SIZE * s.size;
+  }
+
+  // The scale of the key that is stored there, in records.
+  const uint8_t* scale_at(const uint8_t* key, int64_t row) const {
+    const int64_t place = row % PAGE_SIZE;
+    return key + (PAGE_SIZE - place) * s.size + place * 4;
+  }
+
+  // Keys of `count` positions from `start` on as words.
+  void read_keys(const Workspace& w, int64_t sequence, int64_t start, int64_t count) const {
+    const float factor = unit<Dot>(s.keys.format);
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t row = s.sequences.row(sequence, start + n);
+      const uint8_t* key = key_at(row);
+      RowOf<Dot>::read(s.keys.format, key, s.size, w.keys + n * row_words, true);
+      float scale = 1.0f;
+      if (in_records()) std::memcpy(&scale, scale_at(key, row), 4);
+      w.scales[n] = scale * factor;
+    }
+  }
+
+  void prefetch_keys(int64_t sequence, int64_t start, int64_t stop) const {
+    const int64_t bytes = s.size * number_bytes(s.keys.format);
+    for (int64_t n = start; n < stop; ++n) {
+      const int64_t row = s.sequences.row(sequence, n);
+      const uint8_t* key = key_at(row);
+      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(key + b, 0, 3);
+      if (in_records()) __builtin_prefetch(scale_at(key, row), 0, 3);
+    }
+  }
+
+  // One panel of heads and M keys: adds to each key's sums by lane.
+  template <int M>
+  FOVEAL_INLINE void score_rows(
+      const Word* keys, const Word* panel, const float* weights, const int32_t* offsets, float* totals, bool first) const {
+    Sum sum[M][COLUMN_REGISTERS];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int n = 0; n < COLUMN_REGISTERS; ++n) {
+        if constexpr (Dot::numbers == 4)
+          sum[m][n] = load(offsets + n * F32::width);
+        else
+          sum[m][n] = Sum{};
+      }
+    const Word* stop = panel + words * PANEL;
+    for (; panel != stop; panel += PANEL, ++keys) {
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) multiply_add_row<Dot>(keys + m * row_words, panel, sum[m]);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      F32 total = first ? zero() : load(totals + m * F32::width);
+#pragma GCC unroll 4
+      for (int n = 0; n < COLUMN_REGISTERS; ++n)
+        total = fma(max(to_float(sum[m][n]), zero()), load(weights + n * F32::width), total);
+      store(totals + m * F32::width, total);
+    }
+  }
+
+  template <int M>
+  FOVEAL_INLINE void score_last_rows(int rows, const Word* keys, const Word* panel, const float* weights,
+                                     const int32_t* offsets, float* totals, bool first) const {
+    if (rows == M) return score_rows<M>(keys, panel, weights, offsets, totals, first);
+    if constexpr (M > 1) score_last_rows<M - 1>(rows, keys, panel, weights, offsets, totals, first);
+  }
+
+  // Keys that are wanted next: fetched piece by piece, while others are multiplied.
+  struct Ahead {
+    int64_t sequence, start, count;
+  };
+
+  // Scores of query `q` of the workspace and its first `count` keys.
+  __attribute__((noinline)) void score(const Workspace& w, int q, int count, Ahead ahead) const {
+    const int64_t heads = panels * PANEL;
+    alignas(64) float totals[KEYS * F32::width];
+    for (int64_t p = 0; p < panels; ++p) {
+      const Word* panel = w.panels + (q * heads + p * PANEL) * words;
+      const float* weights = w.weights + q * heads + p * PANEL;
+      const int32_t* offsets = w.offsets + q * heads + p * PANEL;
+      prefetch_keys(ahead.sequence, ahead.start + p * ahead.count / panels, ahead.start + (p + 1) * ahead.count / panels);
+      int n = 0;
+      for (; n + TILE_ROWS <= count; n += TILE_ROWS)
+        score_rows<TILE_ROWS>(w.keys + n * row_words, panel, weights, offsets, totals + n * F32::width, p == 0);
+      if (n < count)
+        score_last_rows<TILE_ROWS - 1>(
+            count - n, w.keys + n * row_words, panel, weights, offsets, totals + n * F32::width, p == 0);
+    }
+    for (int n = 0; n < count; ++n) w.scores[n] = sum(load(totals + n * F32::width)) * w.scales[n];
+  }
+
+  void run_item(Workspace& w, const Item& item, const Slots& slots) const {
+    if (item.position < s.topk) return fill(item);
+    for (int q = 0; q < item.queries; ++q) {
+      pack_query(w, q, item.query + q);
+      w.candidates[q].clear();
+    }
+    for (int64_t start = item.start; start < item.stop; start += KEYS) {
+      const int64_t count = lower(KEYS, item.stop - start);
+      read_keys(w, item.sequence, start, count);
+      for (int q = 0; q < item.queries; ++q) {
+        const int64_t visible = lower(count, item.position + q + 1 - start);
+        if (visible <= 0) continue;
+        const int64_t next = start + KEYS;
+        const Ahead ahead{item.sequence, next, q == 0 ? higher(0, lower(KEYS, item.stop - next)) : 0};
+        score(w, q, static_cast<int>(visible), ahead);
+        if (w.candidates[q].count + KEYS > capacity) w.candidates[q].keep_highest(s.topk, w.radix);
+        w.candidates[q].add(w.scores, static_cast<int>(visible), static_cast<int32_t>(start));
+      }
+    }
+    for (int q = 0; q < item.queries; ++q) finish(w, q, item, slots);
+  }
+
+  // The selection of a query whose context is one part; otherwise what the merge needs of it.
+  void finish(Workspace& w, int q, const Item& item, const Slots& slots) const {
+    Candidates& candidates = w.candidates[q];
+    if (candidates.count > s.topk) candidates.keep_highest(s.topk, w.radix);
+    if (item.slot < 0) return write(candidates, item.query + q);
+    const int64_t slot = item.slot + q;
+    slots.counts[slot] = candidates.count;
+    std::memcpy(slots.keys + slot * s.topk, candidates.keys, candidates.count * sizeof(uint32_t));
+    std::memcpy(slots.positions + slot * s.topk, candidates.positions, candidates.count * sizeof(int32_t));
+  }
+
+  void write(const Candidates& candidates, int64_t row) const {
+    std::memcpy(s.selection + row * s.topk, candidates.positions, s.topk * sizeof(int32_t));
+  }
+
+  // Everything that these queries see.
+  void fill(const Item& item) const {
+    for (int q = 0; q < item.queries; ++q) {
+      int32_t* selection = s.selection + (item.query + q) * s.topk;
+      const int64_t seen = item.position + q + 1;
+      for (int64_t k = 0; k < s.topk; ++k) selection[k] = k < seen ? static_cast<int32_t>(k) : -1;
+    }
+  }
+
+  // The candidates of all parts of a tile's contexts, `item` the first of them.
+  void merge(Workspace& w, const Item& item, const Slots& slots) const {
+    for (int q = 0; q < item.queries; ++q) {
+      Candidates& candidates = w.candidates[0];
+      candidates.clear();
+      for (int part = 0; part < item.parts; ++part) {
+        const int64_t slot = item.slot + part * item.queries + q, count = slots.counts[slot];
+        if (candidates.count + count > candidates.capacity) candidates.keep_highest(s.topk, w.radix);
+        candidates.append(slots.keys + slot * s.topk, slots.positions + slot * s.topk, count);
+      }
+      if (candidates.count > s.topk) candidates.keep_highest(s.topk, w.radix);
+      write(candidates, item.query + q);
+    }
+  }
+
+  void run() const {
+    const int64_t part = keys_of_a_part(s), count = count_items(s, part);
+    Scratch planned(higher(count, 1) * sizeof(Item));
+    const Plan plan = make_plan(s, part, planned.take<Item>(count));
+    const int threads = static_cast<int>(higher(1, lower(s.threads, count)));
+    Scratch scratch(threads * (bytes(capacity) + Scratch::rounded(sizeof(Workspace))) +
+                    2 * Scratch::rounded(plan.slots * s.topk * 4) + Scratch::rounded(plan.slots * 8));
+    const Slots slots{scratch.take<uint32_t>(plan.slots * s.topk), scratch.take<int32_t>(plan.slots * s.topk),
+                      scratch.take<int64_t>(plan.slots)};
+    Workspace* workspaces = scratch.take<Workspace>(threads);
+    for (int t = 0; t < threads; ++t) workspaces[t] = workspace(scratch, capacity);
+    auto select = [&](int item, int thread) { run_item(workspaces[thread], plan.items[item], slots); };
+    parallel(threads, static_cast<int>(plan.count), select);
+    if (plan.slots == 0) return;
+    auto join = [&](int item, int thread) {
+      if (plan.items[item].parts > 1) merge(workspaces[thread], plan.items[item], slots);
+    };
+    parallel(threads, static_cast<int>(plan.count), join);
+  }
+};
+
+}  // namespace
+
+void select(const Select& s) {
+  if (s.keys.format == Format::int8) return Selection<Int8Dot>(s).run();
+  const bool wide = s.keys.format == Format::f32 || s.query_format == Format::f32;
+  wide ? Selection<FloatDot>(s).run() : Selection<Bf16Dot>(s).run();
+}
+
+}  // namespace foveal::FOVEAL_ISA
