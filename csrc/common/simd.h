@@ -178,11 +178,14 @@ FOVEAL_INLINE F32 load(const e4m3* p) {
   return {_mm256_mul_ps(_mm256_cvtph_ps(_mm_or_si128(sign, rest)), _mm256_set1_ps(256.0f))};
 }
 
-#else  // portable: plain loops, which the compiler turns into whatever vectors the target has
+#else  // portable: the compiler's own vectors, which it splits into what the target has
+
+using FloatLanes = float __attribute__((vector_size(32), may_alias));
+using IntLanes = int32_t __attribute__((vector_size(32), may_alias));
 
 struct F32 {
   static constexpr int width = 8;
-  float v[8];
+  FloatLanes v;
 };
 
 template <class Function>
@@ -202,18 +205,22 @@ FOVEAL_INLINE uint32_t to_bits(float x) {
   std::memcpy(&bits, &x, 4);
   return bits;
 }
-FOVEAL_INLINE F32 set1(float x) { return each([&](int) { return x; }); }
-FOVEAL_INLINE F32 load(const float* p) { return each([&](int i) { return p[i]; }); }
+FOVEAL_INLINE F32 set1(float x) { return {FloatLanes{x, x, x, x, x, x, x, x}}; }
+FOVEAL_INLINE F32 load(const float* p) {
+  F32 x;
+  std::memcpy(&x.v, p, sizeof x.v);
+  return x;
+}
 FOVEAL_INLINE F32 load_partial(const float* p, int n) { return each([&](int i) { return i < n ? p[i] : 0.0f; }); }
-FOVEAL_INLINE void store(float* p, F32 x) { std::memcpy(p, x.v, sizeof x.v); }
-FOVEAL_INLINE void store_partial(float* p, F32 x, int n) { std::memcpy(p, x.v, n * sizeof(float)); }
-FOVEAL_INLINE F32 operator+(F32 a, F32 b) { return each([&](int i) { return a.v[i] + b.v[i]; }); }
-FOVEAL_INLINE F32 operator-(F32 a, F32 b) { return each([&](int i) { return a.v[i] - b.v[i]; }); }
-FOVEAL_INLINE F32 operator*(F32 a, F32 b) { return each([&](int i) { return a.v[i] * b.v[i]; }); }
-FOVEAL_INLINE F32 operator/(F32 a, F32 b) { return each([&](int i) { return a.v[i] / b.v[i]; }); }
-FOVEAL_INLINE F32 fma(F32 a, F32 b, F32 c) { return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
-FOVEAL_INLINE F32 max(F32 a, F32 b) { return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
-FOVEAL_INLINE F32 min(F32 a, F32 b) { return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
+FOVEAL_INLINE void store(float* p, F32 x) { std::memcpy(p, &x.v, sizeof x.v); }
+FOVEAL_INLINE void store_partial(float* p, F32 x, int n) { std::memcpy(p, &x.v, n * sizeof(float)); }
+FOVEAL_INLINE F32 operator+(F32 a, F32 b) { return {a.v + b.v}; }
+FOVEAL_INLINE F32 operator-(F32 a, F32 b) { return {a.v - b.v}; }
+FOVEAL_INLINE F32 operator*(F32 a, F32 b) { return {a.v * b.v}; }
+FOVEAL_INLINE F32 operator/(F32 a, F32 b) { return {a.v / b.v}; }
+FOVEAL_INLINE F32 fma(F32 a, F32 b, F32 c) { return {a.v * b.v + c.v}; }
+FOVEAL_INLINE F32 max(F32 a, F32 b) { return {a.v > b.v ? a.v : b.v}; }
+FOVEAL_INLINE F32 min(F32 a, F32 b) { return {a.v < b.v ? a.v : b.v}; }
 FOVEAL_INLINE float sum(F32 x) {
   return ((x.v[0] + x.v[4]) + (x.v[2] + x.v[6])) + ((x.v[1] + x.v[5]) + (x.v[3] + x.v[7]));
 }
@@ -231,11 +238,12 @@ FOVEAL_INLINE F32 swap_pairs(F32 x) { return each([&](int i) { return x.v[i ^ 1]
 FOVEAL_INLINE F32 round(F32 x) { return each([&](int i) { return __builtin_rintf(x.v[i]); }); }
 // x 2^n for whole n in [-126, 127]; 0 for n = -127.
 FOVEAL_INLINE F32 scale2(F32 x, F32 n) {
-  return each([&](int i) { return x.v[i] * from_bits(static_cast<uint32_t>(static_cast<int>(n.v[i]) + 127) << 23); });
+  const IntLanes exponent = (__builtin_convertvector(n.v, IntLanes) + 127) << 23;
+  return {x.v * (FloatLanes)exponent};
 }
 // x where limit <= y, otherwise 0.
 FOVEAL_INLINE F32 where_at_least(F32 y, float limit, F32 x) {
-  return each([&](int i) { return y.v[i] >= limit ? x.v[i] : 0.0f; });
+  return {(FloatLanes)((y.v >= limit) & (IntLanes)x.v)};
 }
 // Bit i: lane i is greater than limit.
 FOVEAL_INLINE uint32_t lanes_above(F32 x, float limit) {
