@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import foveal
-from foveal.cli import chat, doctor, generate
+from foveal.cli import chat, doctor, generate, plan
 
 app = typer.Typer(
     name="foveal",
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("doctor")(doctor.doctor)
+app.command("plan")(plan.plan)
 
 
 # The base of all that is wrong with a command line, which typer does not export.

@@ -63,7 +63,8 @@ class MLAConfig:
     rope_dim: int
     value_dim: int
     scale: float
-    rope: RopeConfig
+    rope: RopeConfig | None
+    """None: the `rope_dim` dimensions are there, and not turned (Kimi Linear)."""
     bias: bool = False
     latent_norm_eps: float = 1e-6
 
@@ -93,6 +94,16 @@ class MambaConfig:
     conv_bias: bool = True
     proj_bias: bool = False
     norms: bool = True
+
+
+@dataclass(frozen=True)
+class KDAConfig:
+    """Kimi Delta Attention (Kimi Linear report, arXiv 2510.26692, section 3): a state of head_dim x head_dim a head,
+    behind short convolutions on q, k and v, with gates through a bottleneck of head_dim."""
+
+    heads: int
+    head_dim: int
+    conv: int
 
 
 @dataclass(frozen=True)
@@ -135,7 +146,7 @@ class MoEConfig:
     """Biases in the shared expert (the routed ones never have any)."""
 
 
-MixerConfig = GQAConfig | MLAConfig | MambaConfig
+MixerConfig = GQAConfig | MLAConfig | MambaConfig | KDAConfig
 FeedForwardConfig = MLPConfig | MoEConfig
 OperationConfig = MixerConfig | FeedForwardConfig
 

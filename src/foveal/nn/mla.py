@@ -71,7 +71,8 @@ class MLA(Mixer):
         c_kv_TC, k_pe_TR = self.kv_a_proj_with_mqa(x_TD).split([config.kv_lora_rank, config.rope_dim], -1)
         # One rope for the queries of all heads and the one key.
         pe_TXR = torch.cat((q_pe_THR, k_pe_TR[:, None]), 1)
-        pe_TXR = apply_rope(pe_TXR, step.turns(config.rope), interleaved=config.rope.interleaved)
+        if config.rope:
+            pe_TXR = apply_rope(pe_TXR, step.turns(config.rope), interleaved=config.rope.interleaved)
         q_pe_THR, k_pe_TR = pe_TXR[:, :-1], pe_TXR[:, -1]
         latents = step.keep(cache.latent if cache else None, torch.cat((self.kv_a_layernorm(c_kv_TC), k_pe_TR), -1))
         out_THV = self._attend(q_nope_THP, q_pe_THR, latents, step)

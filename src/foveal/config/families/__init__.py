@@ -8,7 +8,9 @@ from foveal.config.families import (
     deepseek_v32,
     glm_moe_dsa,
     jamba,
+    kimi_linear,
     llama,
+    mamba,
     mistral,
     mixtral,
     qwen2,
@@ -27,3 +29,9 @@ FAMILIES: dict[str, ModuleType] = {
     "glm_moe_dsa": glm_moe_dsa,
     "jamba": jamba,
 }
+
+PLANNED: dict[str, ModuleType] = {
+    "mamba": mamba,
+    "kimi_linear": kimi_linear,
+}
+"""Families whose configs are understood, so that costs can be told, and whose layers are not there yet."""

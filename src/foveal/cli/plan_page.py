@@ -1,0 +1,100 @@
+"""A plan as one page of HTML with its plots inside: no scripts, nothing to load, light and dark, wide and narrow."""
+
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING
+
+from foveal.cli.plan_curves import cache_curves, decode_curves, share_bars
+from foveal.cli.plan_rows import Section, amount, byte_size, sections, whole
+from foveal.cli.plan_svg import bar_plot, line_plot
+from foveal.costs.plan import Plan
+
+if TYPE_CHECKING:
+    from foveal.costs.spectrum import LayerSpectrum
+
+_LIGHT = ("#2a6fdb", "#d1602b", "#1f9d72", "#8b54c9", "#b58a12", "#cc3f7b", "#4a8a9e", "#7a6a5a")
+_DARK = ("#6ea8ff", "#ff9a66", "#4fd3a3", "#c39bff", "#e3bb4b", "#ff82b4", "#7cc5d9", "#bcaa98")
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #ffffff; --text: #1c2026; --soft: #5a6270; --rule: #dfe3e8;
+  --panel: #f6f8fa; LIGHT }
+@media (prefers-color-scheme: dark) { :root { --page: #14171c; --text: #e8eaee; --soft: #a3abb8; --rule: #343a44;
+  --panel: #1c2027; DARK } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 72rem; padding: 1.2rem; background: var(--page); color: var(--text);
+  font: 16px/1.5 system-ui, sans-serif }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .3rem } h2 { font-size: 1.05rem; margin: 0 0 .6rem }
+p { color: var(--soft); margin: 0 0 1.2rem }
+.grid-of-panels { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
+  align-items: start }
+section { background: var(--panel); border: 1px solid var(--rule); border-radius: 8px; padding: 1rem; min-width: 0 }
+section.whole { grid-column: 1 / -1 }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums }
+th, td { padding: .22rem .5rem; text-align: right; border-bottom: 1px solid var(--rule) }
+td, thead th { white-space: nowrap }
+th { font-weight: 600 } th:first-child { text-align: left; font-weight: 400; padding-left: 0; min-width: 9rem }
+thead th { color: var(--soft) }
+svg { width: 100%; height: auto; display: block }
+svg text { fill: var(--soft); font: 12px system-ui, sans-serif }
+svg .inside { fill: var(--page); font-weight: 600 }
+svg .grid { stroke: var(--rule) } svg .line { fill: none; stroke: var(--colour); stroke-width: 2.5 }
+svg .bar { fill: var(--colour) } svg .dashed { stroke-dasharray: 6 4 }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; list-style: none; padding: 0; margin: .6rem 0 0;
+  font-size: .88rem }
+.key { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin-right: .4rem;
+  background: var(--colour) }
+.key.dashed { opacity: .5 }
+"""
+
+
+def page(plans: Sequence[Plan], spectra: Sequence["LayerSpectrum"] | None) -> str:
+    """The whole page."""
+    names, context = ", ".join(plan.name for plan in plans), plans[0].request.context
+    title = escape(f"{names}: what {whole(context)} tokens of context cost")
+    panels = [
+        _panel("Multiply-accumulates of a decoded token", line_plot(decode_curves(plans), amount, "cost by context")),
+        _panel("Cache of one sequence", line_plot(cache_curves(plans), _bytes_tick, "cache by context")),
+        _panel("Share of a decoded token's arithmetic", bar_plot(share_bars(plans), "share by part")),
+        *(_panel(section.title, _table(section), len(section.heads)) for section in sections(plans, spectra)),
+    ]
+    notes = "".join(f"<li>{escape(plan.name)}: {escape(note)}</li>" for plan in plans for note in plan.notes)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{_style()}</style></head><body><h1>{title}</h1>"
+        "<p>Counted from config.json by <code>foveal plan</code>. Times are the least that the device's peaks allow "
+        "(roofline); both axes of the plots are logarithmic.</p>"
+        f'<div class="grid-of-panels">{"".join(panels)}</div>'
+        f"{f'<ul>{notes}</ul>' if notes else ''}</body></html>\n"
+    )
+
+
+def _style() -> str:
+    style = _STYLE
+    for name, colours in (("LIGHT", _LIGHT), ("DARK", _DARK)):
+        style = style.replace(name, " ".join(f"--c{place}: {colour};" for place, colour in enumerate(colours)))
+    return style + "".join(f".c{place} {{ --colour: var(--c{place}) }}\n" for place in range(len(_LIGHT)))
+
+
+def _panel(title: str, content: str, columns: int = 0) -> str:
+    """A box; a table of many columns gets the page's width."""
+    kind = ' class="whole"' if columns > 3 else ""
+    return f"<section{kind}><h2>{escape(title)}</h2>{content}</section>"
+
+
+def _table(section: Section) -> str:
+    heads = "".join(f'<th scope="col">{escape(head)}</th>' for head in section.heads)
+    rows = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
+        for row in section.rows
+    )
+    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _bytes_tick(count: float) -> str:
+    """A power of ten in decimal units: the axis counts in tens."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.0f} {unit}"
+    return byte_size(count)
