@@ -84,11 +84,15 @@ FOVEAL_INLINE void store_fixed(int16_t* p, F32 x) {
 
 #else
 
+using ShortLanes = int16_t __attribute__((vector_size(16), may_alias));
+using ByteLanes = int8_t __attribute__((vector_size(8), may_alias));
+constexpr int PARTS = FIXED / F32::width;
+
 struct Fixed {
-  int16_t v[FIXED];
+  ShortLanes v[PARTS];
 };
 struct Sums {
-  int32_t v[F32::width];
+  IntLanes v;
 };
 
 FOVEAL_INLINE Fixed load_fixed(const int16_t* p) {
@@ -97,25 +101,30 @@ FOVEAL_INLINE Fixed load_fixed(const int16_t* p) {
   return x;
 }
 FOVEAL_INLINE Fixed load_fixed(const int8_t* p) {
+  ByteLanes bytes[PARTS];
+  std::memcpy(bytes, p, sizeof bytes);
   Fixed x;
-  for (int i = 0; i < FIXED; ++i) x.v[i] = p[i];
+  for (int i = 0; i < PARTS; ++i) x.v[i] = __builtin_convertvector(bytes[i], ShortLanes);
   return x;
 }
 FOVEAL_INLINE Fixed load_nibbles(const uint8_t* p) {
+  ByteLanes bytes[PARTS / 2];
+  std::memcpy(bytes, p, sizeof bytes);
   Fixed x;
-  for (int i = 0; i < FIXED / 2; ++i) {
-    x.v[i] = p[i] & 15;
-    x.v[i + FIXED / 2] = p[i] >> 4;
+  for (int i = 0; i < PARTS / 2; ++i) {
+    const ShortLanes wide = __builtin_convertvector(bytes[i], ShortLanes);
+    x.v[i] = wide & 15;
+    x.v[i + PARTS / 2] = (wide >> 4) & 15;
   }
   return x;
 }
-FOVEAL_INLINE Sums no_sums() { return {}; }
+FOVEAL_INLINE Sums no_sums() { return {IntLanes{}}; }
 FOVEAL_INLINE Sums multiply_add(Fixed a, Fixed b, Sums c) {
-  for (int part = 0; part < FIXED; part += F32::width)
-    for (int i = 0; i < F32::width; ++i) c.v[i] += a.v[part + i] * b.v[part + i];
+  for (int i = 0; i < PARTS; ++i)
+    c.v += __builtin_convertvector(a.v[i], IntLanes) * __builtin_convertvector(b.v[i], IntLanes);
   return c;
 }
-FOVEAL_INLINE F32 to_float(Sums x) { return each([&](int i) { return static_cast<float>(x.v[i]); }); }
+FOVEAL_INLINE F32 to_float(Sums x) { return {__builtin_convertvector(x.v, FloatLanes)}; }
 FOVEAL_INLINE int sum(Sums x) {
   int total = 0;
   for (int i = 0; i < F32::width; ++i) total += x.v[i];

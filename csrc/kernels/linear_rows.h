@@ -135,8 +135,9 @@ FOVEAL_INLINE Halves split(const bf16* p) {
 }
 #else
 FOVEAL_INLINE Halves split(const bf16* p) {
-  return {each([&](int i) { return from_bits(static_cast<uint32_t>(p[2 * i].bits) << 16); }),
-          each([&](int i) { return from_bits(static_cast<uint32_t>(p[2 * i + 1].bits) << 16); })};
+  IntLanes words;  // the even number in the lower half: every machine that torch runs on is little-endian
+  std::memcpy(&words, p, sizeof words);
+  return {{(FloatLanes)(words << 16)}, {(FloatLanes)(words & static_cast<int32_t>(0xffff0000))}};
 }
 #endif
 FOVEAL_INLINE Halves split_up_to(const bf16* p, int64_t n) {
