@@ -140,15 +140,15 @@ struct RowOf<FloatDot> {
 #if defined(FOVEAL_BF16)
 // 32 e4m3 as bf16, exactly: an exponent 120 larger, and a table for those without a leading one.
 FOVEAL_INLINE __m512i widen_e4m3(__m256i codes) {
-  const __m512i wide = _mm512_cvtepu8_epi16(codes);
+  const __m512i wide = _mm512_cvtepi8_epi16(codes);
   const __m512i size = _mm512_and_si512(wide, _mm512_set1_epi16(0x7f));
   __m512i bits = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_set1_epi16(120 << 7));
   // m 2^-9 for m below 8
   const __m512i small = _mm512_broadcast_i32x4(_mm_setr_epi16(
       0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
-  const __mmask32 is_small = _mm512_cmplt_epi16_mask(size, _mm512_set1_epi16(8));
+  const __mmask32 is_small = _mm512_cmpgt_epi16_mask(_mm512_set1_epi16(8), size);
   bits = _mm512_mask_mov_epi16(bits, is_small, _mm512_permutexvar_epi16(size, small));
-  return _mm512_or_si512(bits, _mm512_slli_epi16(_mm512_sub_epi16(wide, size), 8));
+  return _mm512_or_si512(bits, _mm512_and_si512(wide, _mm512_set1_epi16(static_cast<short>(0x8000))));
 }
 
 template <>

@@ -45,7 +45,9 @@ def _select(
     if weights_TI.shape != (count, heads):
         raise ValueError(f"weights have shape {tuple(weights_TI.shape)}, queries {tuple(q_TIJ.shape)}")
     if queries.offsets[0] != 0 or queries.offsets[-1] != count or len(keys.contexts.lengths) != len(queries.positions):
-        raise ValueError(f"queries up to {queries.offsets[-1]} of {len(queries.positions)} sequences do not fit {count}")
+        raise ValueError(
+            f"queries up to {queries.offsets[-1]} of {len(queries.positions)} sequences do not fit {count}"
+        )
     q_TIJ, weights_TI = q_TIJ.contiguous(), weights_TI.contiguous()
     selection_TK = torch.empty(count, topk, dtype=torch.int32)
     kernels.run.select(
