@@ -68,7 +68,7 @@ def test_write_index_keys(isa: str, stored: str, dtype: torch.dtype) -> None:
 @each_dtype
 @pytest.mark.parametrize(("rank", "rope"), [(512, 64), (200, 8), (1, 1), (131, 7), (16, 0), (0, 4)])
 def test_write_latents(isa: str, dtype: torch.dtype, rank: int, rope: int) -> None:
-    """Blocks of 128 that share a wrong scale, the last shorter one, a rope key in the wrong place, other rows' bytes."""
+    """Blocks of 128 that share a wrong scale, the last shorter one, a misplaced rope key, other rows' bytes."""
     latents, rows = of_every_size(50, rank + rope + 2).to(dtype)[:, 1:-1], torch.randperm(90)[:50]
     before = torch.randint(0, 256, (90, latent_bytes(rank, rope, "fp8")), dtype=torch.uint8)
     result, expected = before.clone(), before.clone()
