@@ -84,12 +84,11 @@ struct Product<Int8Dot> {
   using Sum = I32;
 };
 
-// One word of a row times all columns of a panel.
-template <class Dot>
+// One word of a row times the columns of a panel that is so many registers wide.
+template <class Dot, int registers>
 FOVEAL_INLINE void multiply_add_row(const Word* a, const Word* panel, typename Product<Dot>::Sum* sum) {
 #if defined(FOVEAL_AVX2)
-  if constexpr (Dot::numbers == 2) {
-    static_assert(COLUMN_REGISTERS == 2);
+  if constexpr (Dot::numbers == 2 && registers == 2) {
     // GCC 12 would broadcast all rows' words first, and spill the sums for it: there is no register to spare.
     const __m256i first = load(reinterpret_cast<const int32_t*>(panel)).v;
     const __m256i second = load(reinterpret_cast<const int32_t*>(panel + F32::width)).v;
@@ -106,7 +105,7 @@ FOVEAL_INLINE void multiply_add_row(const Word* a, const Word* panel, typename P
   }
 #endif
 #pragma GCC unroll 4
-  for (int n = 0; n < COLUMN_REGISTERS; ++n) sum[n] = Dot::multiply_add(a, panel + n * F32::width, sum[n]);
+  for (int n = 0; n < registers; ++n) sum[n] = Dot::multiply_add(a, panel + n * F32::width, sum[n]);
 }
 
 FOVEAL_INLINE int64_t number_bytes(Format format) { return format == Format::f32 ? 4 : format == Format::bf16 ? 2 : 1; }
@@ -185,7 +184,8 @@ struct RowOf<Int8Dot> {
     for (int64_t i = size; i % 4; ++i) out[i] = flip;
 #else
     static_cast<void>(key);
-    int16_t* out = reinterpret_cast<int16_t*>(words);
+    using Half = int16_t __attribute__((may_alias));  // half a word
+    Half* out = reinterpret_cast<Half*>(words);
     for (int64_t i = 0; i < size; ++i) out[i] = static_cast<int8_t>(row[i]);
     if (size % 2) out[size] = 0;
 #endif

@@ -218,3 +218,6 @@ def test_refusals(isa: str) -> None:
         run(q[..., :3], weights, good, one)
     with pytest.raises(ValueError, match="weights have shape"):
         run(q, weights[:, :1], good, one)
+    narrow = KeySource(IndexKeyRecords(torch.zeros(2, PAGE_SIZE * 7, dtype=torch.uint8), 4, "fp8"), good)
+    with pytest.raises(ValueError, match="pages of 512 bytes do not fit"):
+        select(q, weights, narrow, one, topk=3, version=isa)

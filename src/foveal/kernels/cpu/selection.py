@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from foveal.config.formats import PAGE_SIZE, index_key_bytes
 from foveal.kernels.cpu.library import FORMATS, Kernels, address, compiled
 from foveal.kernels.cpu.places import sequence_arguments
 from foveal.kernels.keys import KeySource, Queries, Rows
@@ -63,8 +64,10 @@ def _stored(keys: KeySource) -> tuple[Tensor, int, int, int, int]:
     """Memory, its format, bytes from a row (or a page of records) to the next, rows, numbers of a key."""
     records = keys.records
     if isinstance(records, IndexKeyRecords):
-        pages = records.pages
-        return pages, _RECORD_FORMATS[records.dtype], pages.stride(0), len(records.scales.flatten()), records.head_dim
+        pages, width = records.pages, PAGE_SIZE * index_key_bytes(records.head_dim, records.dtype)
+        if pages.dtype != torch.uint8 or pages.shape[1] != width:
+            raise ValueError(f"pages of {width} bytes do not fit {pages.dtype} of shape {tuple(pages.shape)}")
+        return pages, _RECORD_FORMATS[records.dtype], pages.stride(0), PAGE_SIZE * len(pages), records.head_dim
     assert isinstance(records, Rows)
     values = records.values
     return values, FORMATS[values.dtype], values.stride(0) * values.itemsize, *values.shape
