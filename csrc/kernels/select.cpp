@@ -24,6 +24,7 @@ namespace {
 
 constexpr int QUERIES = 4;
 constexpr int KEYS = 36;
+static_assert(KEYS % TILE_ROWS == 0);
 // Queries that see no more than topk keys are filled in so many at a time.
 constexpr int FILLED = 64;
 // A part of a context is not worth a thread below this many keys; items for each thread, so that none ends far behind.
@@ -137,6 +138,7 @@ struct Selection {
     w.offsets = scratch.take<int32_t>(QUERIES * heads);
     w.row = scratch.take<Word>(row_words);
     w.keys = scratch.take<Word>(KEYS * row_words);
+    std::memset(w.keys, 0, KEYS * row_words * sizeof(Word));
     w.scales = scratch.take<float>(KEYS);
     w.scores = scratch.take<float>(KEYS + F32::width);
     for (Candidates& c : w.candidates) {
@@ -211,11 +213,11 @@ struct Selection {
     }
   }
 
-  // One panel of heads and M keys: adds to each key's sums by lane.
-  template <int M, int registers>
+  // One panel of heads and a tile's rows of keys: adds to each key's sums by lane.
+  template <int registers>
   FOVEAL_INLINE void score_rows(
       const Word* keys, const Word* panel, const float* weights, const int32_t* offsets, float* totals, bool first) const {
-    constexpr int width = registers * F32::width;
+    constexpr int M = TILE_ROWS, width = registers * F32::width;
     Sum sum[M][registers];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
@@ -241,26 +243,15 @@ struct Selection {
     }
   }
 
-  template <int M, int registers>
-  FOVEAL_INLINE void score_last_rows(int rows, const Word* keys, const Word* panel, const float* weights,
-                                     const int32_t* offsets, float* totals, bool first) const {
-    if (rows == M) return score_rows<M, registers>(keys, panel, weights, offsets, totals, first);
-    if constexpr (M > 1) score_last_rows<M - 1, registers>(rows, keys, panel, weights, offsets, totals, first);
-  }
-
-  // One panel of heads, which begins with `head`, and `count` keys.
+  // One panel of heads, which begins with `head`, and `count` keys. Rows that fill up the last tile hold older keys; what
+  // becomes of them is not looked at.
   template <int registers>
   FOVEAL_INLINE void score_panel(const Workspace& w, int q, int64_t head, int count, float* totals) const {
     const Word* panel = w.panels + (q * heads + head) * words;
     const float* weights = w.weights + q * heads + head;
     const int32_t* offsets = w.offsets + q * heads + head;
-    int n = 0;
-    for (; n + TILE_ROWS <= count; n += TILE_ROWS)
-      score_rows<TILE_ROWS, registers>(
-          w.keys + n * row_words, panel, weights, offsets, totals + n * F32::width, head == 0);
-    if (n < count)
-      score_last_rows<TILE_ROWS - 1, registers>(
-          count - n, w.keys + n * row_words, panel, weights, offsets, totals + n * F32::width, head == 0);
+    for (int n = 0; n < count; n += TILE_ROWS)
+      score_rows<registers>(w.keys + n * row_words, panel, weights, offsets, totals + n * F32::width, head == 0);
   }
 
   // Keys that are wanted next: fetched piece by piece, while others are multiplied.
