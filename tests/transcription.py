@@ -1,4 +1,5 @@
-"""DeepSeek-V3.2's fp8 formulas written down again in float64 (`inference/model.py` and `kernel.py` of its release)."""
+"""DeepSeek-V3.2's fp8 formulas written down again in float64 (`inference/model.py` and `kernel.py` of its release), and
+their counterpart in int8."""
 
 import math
 
@@ -40,3 +41,13 @@ def fp8_index_vectors(x: Tensor) -> Tensor:
     turned = (x.double() @ hadamard_matrix(x.shape[-1])).float()
     rows = [act_quant(row)[0] for row in turned.flatten(0, -2)]
     return torch.stack(rows).view(x.shape)
+
+
+def int8_index_vectors(x: Tensor) -> Tensor:
+    """The same with symmetric int8: one scale a vector, amax / 127."""
+    turned = x.double() @ hadamard_matrix(x.shape[-1])
+    scale = turned.abs().amax(-1, keepdim=True).clamp_min(1e-4) / 127
+    return (turned / scale).round() * scale
+
+
+INDEX_VECTORS = {"fp8": fp8_index_vectors, "int8": int8_index_vectors}

@@ -33,7 +33,7 @@ FOVEAL_INLINE void store_as(e4m3* p, F32 x) {
   const __m512 magic = _mm512_set1_ps(16384.0f);
   const __m512i small =
       _mm512_sub_epi32(_mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(size), magic)), _mm512_castps_si512(magic));
-  __m512i code = _mm512_mask_mov_epi32(normal, _mm512_cmplt_epi32_mask(size, _mm512_set1_epi32(121 << 23)), small);
+  __m512i code = _mm512_mask_mov_epi32(normal, _mm512_cmpgt_epi32_mask(_mm512_set1_epi32(121 << 23), size), small);
   code = _mm512_mask_mov_epi32(code, _mm512_cmpgt_epi32_mask(size, _mm512_set1_epi32(0x7f800000)), _mm512_set1_epi32(0x7f));
   code = _mm512_or_si512(code, _mm512_and_si512(_mm512_srli_epi32(bits, 24), _mm512_set1_epi32(0x80)));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(code));
@@ -49,8 +49,8 @@ template <int distance>
 FOVEAL_INLINE F32 swap_lanes(F32 x) {
   if constexpr (distance == 8) return {_mm512_shuffle_f32x4(x.v, x.v, 0x4e)};
   if constexpr (distance == 4) return {_mm512_shuffle_f32x4(x.v, x.v, 0xb1)};
-  if constexpr (distance == 2) return {_mm512_permute_ps(x.v, 0x4e)};
-  if constexpr (distance == 1) return {_mm512_permute_ps(x.v, 0xb1)};
+  if constexpr (distance == 2) return {_mm512_shuffle_ps(x.v, x.v, 0x4e)};
+  if constexpr (distance == 1) return {_mm512_shuffle_ps(x.v, x.v, 0xb1)};
 }
 
 FOVEAL_INLINE F32 absolute(F32 x) {

@@ -84,12 +84,11 @@ struct Product<Int8Dot> {
   using Sum = I32;
 };
 
-// One word of a row times all columns of a panel.
-template <class Dot>
+// One word of a row times the columns of a panel that is so many registers wide.
+template <class Dot, int registers>
 FOVEAL_INLINE void multiply_add_row(const Word* a, const Word* panel, typename Product<Dot>::Sum* sum) {
 #if defined(FOVEAL_AVX2)
-  if constexpr (Dot::numbers == 2) {
-    static_assert(COLUMN_REGISTERS == 2);
+  if constexpr (Dot::numbers == 2 && registers == 2) {
     // GCC 12 would broadcast all rows' words first, and spill the sums for it: there is no register to spare.
     const __m256i first = load(reinterpret_cast<const int32_t*>(panel)).v;
     const __m256i second = load(reinterpret_cast<const int32_t*>(panel + F32::width)).v;
@@ -106,7 +105,7 @@ FOVEAL_INLINE void multiply_add_row(const Word* a, const Word* panel, typename P
   }
 #endif
 #pragma GCC unroll 4
-  for (int n = 0; n < COLUMN_REGISTERS; ++n) sum[n] = Dot::multiply_add(a, panel + n * F32::width, sum[n]);
+  for (int n = 0; n < registers; ++n) sum[n] = Dot::multiply_add(a, panel + n * F32::width, sum[n]);
 }
 
 FOVEAL_INLINE int64_t number_bytes(Format format) { return format == Format::f32 ? 4 : format == Format::bf16 ? 2 : 1; }
@@ -140,15 +139,15 @@ struct RowOf<FloatDot> {
 #if defined(FOVEAL_BF16)
 // 32 e4m3 as bf16, exactly: an exponent 120 larger, and a table for those without a leading one.
 FOVEAL_INLINE __m512i widen_e4m3(__m256i codes) {
-  const __m512i wide = _mm512_cvtepu8_epi16(codes);
+  const __m512i wide = _mm512_cvtepi8_epi16(codes);
   const __m512i size = _mm512_and_si512(wide, _mm512_set1_epi16(0x7f));
   __m512i bits = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_set1_epi16(120 << 7));
   // m 2^-9 for m below 8
   const __m512i small = _mm512_broadcast_i32x4(_mm_setr_epi16(
       0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
-  const __mmask32 is_small = _mm512_cmplt_epi16_mask(size, _mm512_set1_epi16(8));
+  const __mmask32 is_small = _mm512_cmpgt_epi16_mask(_mm512_set1_epi16(8), size);
   bits = _mm512_mask_mov_epi16(bits, is_small, _mm512_permutexvar_epi16(size, small));
-  return _mm512_or_si512(bits, _mm512_slli_epi16(_mm512_sub_epi16(wide, size), 8));
+  return _mm512_or_si512(bits, _mm512_and_si512(wide, _mm512_set1_epi16(static_cast<short>(0x8000))));
 }
 
 template <>
@@ -185,7 +184,8 @@ struct RowOf<Int8Dot> {
     for (int64_t i = size; i % 4; ++i) out[i] = flip;
 #else
     static_cast<void>(key);
-    int16_t* out = reinterpret_cast<int16_t*>(words);
+    using Half = int16_t __attribute__((may_alias));  // half a word
+    Half* out = reinterpret_cast<Half*>(words);
     for (int64_t i = 0; i < size; ++i) out[i] = static_cast<int8_t>(row[i]);
     if (size % 2) out[size] = 0;
 #endif

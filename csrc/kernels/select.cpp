@@ -24,6 +24,7 @@ namespace {
 
 constexpr int QUERIES = 4;
 constexpr int KEYS = 36;
+static_assert(KEYS % TILE_ROWS == 0);
 // Queries that see no more than topk keys are filled in so many at a time.
 constexpr int FILLED = 64;
 // A part of a context is not worth a thread below this many keys; items for each thread, so that none ends far behind.
@@ -102,20 +103,20 @@ struct Selection {
   using Sum = typename Product<Dot>::Sum;
 
   const Select& s;
-  const int64_t words, row_words, panels, capacity;
+  const int64_t words, row_words, heads, capacity;  // heads: those of whole registers
 
   explicit Selection(const Select& select)
       : s(select),
         words(words_of<Dot>(s.size)),
         row_words(quotient_up(words, 16) * 16),
-        panels(quotient_up(s.heads, PANEL)),
+        heads(quotient_up(s.heads, F32::width) * F32::width),
         capacity(2 * s.topk + 2048) {}
 
   // The memory of one thread.
   struct Workspace {
-    Word* panels;         // [QUERIES, panels, words, PANEL]
-    float* weights;       // [QUERIES, panels * PANEL]
-    int32_t* offsets;     // [QUERIES, panels * PANEL]: where sums of whole numbers begin
+    Word* panels;         // [QUERIES, heads / PANEL, words, PANEL], the last panel perhaps one register wide
+    float* weights;       // [QUERIES, heads]
+    int32_t* offsets;     // [QUERIES, heads]: where sums of whole numbers begin
     Word* row;            // [row_words]
     Word* keys;           // [KEYS, row_words]
     float* scales;        // [KEYS]
@@ -125,20 +126,19 @@ struct Selection {
   };
 
   int64_t bytes(int64_t candidates) const {
-    const int64_t heads = panels * PANEL;
     return Scratch::rounded(QUERIES * heads * words * 4) + 2 * Scratch::rounded(QUERIES * heads * 4) +
            Scratch::rounded(row_words * 4) + Scratch::rounded(KEYS * row_words * 4) + Scratch::rounded(KEYS * 4) +
            Scratch::rounded((KEYS + F32::width) * 4) + QUERIES * 2 * Scratch::rounded(candidates * 4) + RadixMemory::bytes(candidates);
   }
 
   Workspace workspace(Scratch& scratch, int64_t candidates) const {
-    const int64_t heads = panels * PANEL;
     Workspace w;
     w.panels = scratch.take<Word>(QUERIES * heads * words);
     w.weights = scratch.take<float>(QUERIES * heads);
     w.offsets = scratch.take<int32_t>(QUERIES * heads);
     w.row = scratch.take<Word>(row_words);
     w.keys = scratch.take<Word>(KEYS * row_words);
+    std::memset(w.keys, 0, KEYS * row_words * sizeof(Word));
     w.scales = scratch.take<float>(KEYS);
     w.scores = scratch.take<float>(KEYS + F32::width);
     for (Candidates& c : w.candidates) {
@@ -150,9 +150,12 @@ struct Selection {
     return w;
   }
 
-  // Query `row` of the batch as panels, place `q` of the workspace. Heads that fill up the last panel weigh nothing.
+  // The columns of the panel that begins with this head.
+  int64_t columns(int64_t head) const { return lower(PANEL, heads - head); }
+
+  // Query `row` of the batch as panels, place `q` of the workspace. Heads that fill up the last register weigh nothing.
   void pack_query(const Workspace& w, int q, int64_t row) const {
-    const int64_t heads = panels * PANEL, row_bytes = s.size * number_bytes(s.query_format);
+    const int64_t row_bytes = s.size * number_bytes(s.query_format);
     Word* packed = w.panels + q * heads * words;
     float* weights = w.weights + q * heads;
     int32_t* offsets = w.offsets + q * heads;
@@ -162,8 +165,9 @@ struct Selection {
         RowOf<Dot>::read(s.query_format, numbers, s.size, w.row, false);
       else
         std::memset(w.row, 0, words * sizeof(Word));
-      Word* column = packed + h / PANEL * PANEL * words + h % PANEL;
-      for (int64_t i = 0; i < words; ++i) column[i * PANEL] = w.row[i];
+      const int64_t first = h / PANEL * PANEL, stride = columns(first);
+      Word* column = packed + first * words + h - first;
+      for (int64_t i = 0; i < words; ++i) column[i * stride] = w.row[i];
       weights[h] = h < s.heads ? s.weights[row * s.heads + h] * unit<Dot>(s.query_format) : 0.0f;
       if constexpr (Dot::numbers == 4) {
         int32_t total = 0;
@@ -209,40 +213,45 @@ struct Selection {
     }
   }
 
-  // One panel of heads and M keys: adds to each key's sums by lane.
-  template <int M>
+  // One panel of heads and a tile's rows of keys: adds to each key's sums by lane.
+  template <int registers>
   FOVEAL_INLINE void score_rows(
       const Word* keys, const Word* panel, const float* weights, const int32_t* offsets, float* totals, bool first) const {
-    Sum sum[M][COLUMN_REGISTERS];
+    constexpr int M = TILE_ROWS, width = registers * F32::width;
+    Sum sum[M][registers];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-      for (int n = 0; n < COLUMN_REGISTERS; ++n) {
+      for (int n = 0; n < registers; ++n) {
         if constexpr (Dot::numbers == 4)
           sum[m][n] = load(offsets + n * F32::width);
         else
           sum[m][n] = Sum{};
       }
-    const Word* stop = panel + words * PANEL;
-    for (; panel != stop; panel += PANEL, ++keys) {
+    const Word* stop = panel + words * width;
+    for (; panel != stop; panel += width, ++keys) {
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) multiply_add_row<Dot>(keys + m * row_words, panel, sum[m]);
+      for (int m = 0; m < M; ++m) multiply_add_row<Dot, registers>(keys + m * row_words, panel, sum[m]);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       F32 total = first ? zero() : load(totals + m * F32::width);
 #pragma GCC unroll 4
-      for (int n = 0; n < COLUMN_REGISTERS; ++n)
+      for (int n = 0; n < registers; ++n)
         total = fma(max(to_float(sum[m][n]), zero()), load(weights + n * F32::width), total);
       store(totals + m * F32::width, total);
     }
   }
 
-  template <int M>
-  FOVEAL_INLINE void score_last_rows(int rows, const Word* keys, const Word* panel, const float* weights,
-                                     const int32_t* offsets, float* totals, bool first) const {
-    if (rows == M) return score_rows<M>(keys, panel, weights, offsets, totals, first);
-    if constexpr (M > 1) score_last_rows<M - 1>(rows, keys, panel, weights, offsets, totals, first);
+  // One panel of heads, which begins with `head`, and `count` keys. Rows that fill up the last tile hold older keys; what
+  // becomes of them is not looked at.
+  template <int registers>
+  FOVEAL_INLINE void score_panel(const Workspace& w, int q, int64_t head, int count, float* totals) const {
+    const Word* panel = w.panels + (q * heads + head) * words;
+    const float* weights = w.weights + q * heads + head;
+    const int32_t* offsets = w.offsets + q * heads + head;
+    for (int n = 0; n < count; n += TILE_ROWS)
+      score_rows<registers>(w.keys + n * row_words, panel, weights, offsets, totals + n * F32::width, head == 0);
   }
 
   // Keys that are wanted next: fetched piece by piece, while others are multiplied.
@@ -252,19 +261,14 @@ struct Selection {
 
   // Scores of query `q` of the workspace and its first `count` keys.
   __attribute__((noinline)) void score(const Workspace& w, int q, int count, Ahead ahead) const {
-    const int64_t heads = panels * PANEL;
     alignas(64) float totals[KEYS * F32::width];
-    for (int64_t p = 0; p < panels; ++p) {
-      const Word* panel = w.panels + (q * heads + p * PANEL) * words;
-      const float* weights = w.weights + q * heads + p * PANEL;
-      const int32_t* offsets = w.offsets + q * heads + p * PANEL;
-      prefetch_keys(ahead.sequence, ahead.start + p * ahead.count / panels, ahead.start + (p + 1) * ahead.count / panels);
-      int n = 0;
-      for (; n + TILE_ROWS <= count; n += TILE_ROWS)
-        score_rows<TILE_ROWS>(w.keys + n * row_words, panel, weights, offsets, totals + n * F32::width, p == 0);
-      if (n < count)
-        score_last_rows<TILE_ROWS - 1>(
-            count - n, w.keys + n * row_words, panel, weights, offsets, totals + n * F32::width, p == 0);
+    for (int64_t head = 0; head < heads; head += PANEL) {
+      const int64_t stop = lower(heads, head + PANEL);
+      prefetch_keys(ahead.sequence, ahead.start + head * ahead.count / heads, ahead.start + stop * ahead.count / heads);
+      if (columns(head) == PANEL)
+        score_panel<COLUMN_REGISTERS>(w, q, head, count, totals);
+      else
+        score_panel<1>(w, q, head, count, totals);
     }
     for (int n = 0; n < count; ++n) w.scores[n] = sum(load(totals + n * F32::width)) * w.scales[n];
   }

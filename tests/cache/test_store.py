@@ -22,19 +22,27 @@ def test_record_sizes() -> None:
     assert latent_bytes(512, 64, "fp8") == 656
     assert latent_bytes(512, 64, "bfloat16") == 1152
     assert latent_bytes(200, 8, "fp8") == 200 + 8 + 16
-    assert index_key_bytes(128, "fp8") == 132
-    with pytest.raises(ValueError, match="not 96"):
-        index_key_bytes(96, "fp8")
+    assert index_key_bytes(128, "fp8") == index_key_bytes(128, "int8") == 132
+    for dtype in ("fp8", "int8"):
+        with pytest.raises(ValueError, match=f"{dtype} index keys .* not 96"):
+            index_key_bytes(96, dtype)
 
 
 @pytest.mark.parametrize(
-    ("name", "fp8"),
-    [("llama", False), ("jamba", False), ("deepseek_v32", False), ("deepseek_v32", True), ("glm_moe_dsa", True)],
+    ("name", "latents", "index"),
+    [
+        ("llama", "auto", "auto"),
+        ("jamba", "auto", "auto"),
+        ("deepseek_v32", "auto", "bf16"),
+        ("deepseek_v32", "fp8", "fp8"),
+        ("deepseek_v32", "auto", "int8"),
+        ("glm_moe_dsa", "fp8", "fp8"),
+    ],
 )
-def test_plan_equals_allocation(name: str, fp8: bool) -> None:
+def test_plan_equals_allocation(name: str, latents: str, index: str) -> None:
     """A plan that promises less memory than the tensors take."""
     config = config_of(name)
-    plan = plan_cache(config, torch.bfloat16, "fp8" if fp8 else "auto", "fp8" if fp8 else "bf16")
+    plan = plan_cache(config, torch.bfloat16, latents, index)
     store = CacheStore(plan, pages=3, slots=2)
     blocks = store._blocks()
     paged = sum(layout.pages.nbytes for block in blocks for layout in block.paged)
@@ -84,6 +92,7 @@ def test_only_the_null_page_is_set(name: str, fp8: bool, monkeypatch: pytest.Mon
     ("options", "culprit"),
     [
         ({"kv_cache_dtype": "int3"}, "kv_cache_dtype"),
+        ({"kv_cache_dtype": "int8"}, "kv_cache_dtype"),
         ({"index_dtype": "int3"}, "index_dtype"),
     ],
 )

@@ -1,15 +1,15 @@
-"""fp8 formats against a float64 transcription of DeepSeek's formulas."""
+"""Eight-bit formats against a float64 transcription of DeepSeek's formulas."""
 
 import math
 
 import pytest
 import torch
 from torch import Tensor
-from transcription import act_quant, every_e4m3, fp8_index_vectors, hadamard_matrix
+from transcription import INDEX_VECTORS, act_quant, every_e4m3, hadamard_matrix
 
 from foveal.cache.layouts import IndexKeyLayout, LatentLayout
 from foveal.kernels import Contexts, KeySource, Queries, hadamard, quantise_e4m3, quantise_index, select
-from foveal.kernels.quantise import e4m3_to_float32, power_of_two_scale
+from foveal.kernels.quantise import e4m3_to_float32, power_of_two_scale, quantise_int8
 
 
 def test_e4m3_decoding_is_exact() -> None:
@@ -29,6 +29,16 @@ def test_quantise_e4m3(size: float) -> None:
         expected, scale = act_quant(x[row])
         assert scales[row].item() == scale
         assert torch.equal(decoded[row], expected)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-7, 1.0, 1e4])
+def test_quantise_int8(size: float) -> None:
+    """A value off by more than half a step, the largest not reaching 127, -128, or zeros divided by zero."""
+    x = torch.randn(20, 64) * size
+    values, scales = quantise_int8(x)
+    assert torch.allclose(scales, x.abs().amax(-1).clamp_min(1e-4) / 127)
+    assert (x - values * scales[:, None]).abs().le(scales[:, None] * 0.5001).all()
+    assert (values.int().abs().amax(-1) == 127).all() == (size >= 1.0) and values.min() >= -127
 
 
 def test_scale_at_exact_powers() -> None:
@@ -52,20 +62,25 @@ def paged(length: int) -> tuple[Tensor, Contexts]:
     return rows, Contexts.paged(pages[None], [length])
 
 
+@pytest.mark.parametrize("version", ["reference", *select.versions[1:]])
+@pytest.mark.parametrize("stored", ["fp8", "int8"])
 @pytest.mark.parametrize("consecutive", [True, False])
-def test_fp8_selection_equals_the_transcription(consecutive: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    """Any slip in hadamard -> e4m3 -> page layout -> scores -> selection; prints the overlap with unquantised."""
+def test_selection_equals_the_transcription(
+    consecutive: bool, stored: str, version: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Any slip in hadamard -> rounding -> page layout -> scores -> selection; prints the overlap with unquantised."""
     heads, dim, length, count, topk = 16, 64, 300, 40, 32
     q, k, weights = torch.randn(count, heads, dim), torch.randn(length, dim), torch.randn(count, heads)
-    layout = IndexKeyLayout(8, dim, "fp8", "cpu")
+    layout = IndexKeyLayout(8, dim, stored, "cpu")
     rows, contexts = paged(length) if not consecutive else (torch.arange(64, 64 + length), Contexts((length,), (64,)))
     layout.write(rows, k)
     assert layout.pages.shape[1] == 64 * (dim + 4)
     queries = Queries((0, count), (length - count,))
-    values, scale = quantise_index(q, "fp8")
-    selected = select(values, weights * scale, KeySource(layout.records, contexts), queries, topk=topk)
+    values, scale = quantise_index(q, stored)
+    source = KeySource(layout.records, contexts)
+    selected = select(values, weights * scale, source, queries, topk=topk, version=version)
 
-    turned, keys = fp8_index_vectors(q), fp8_index_vectors(k)
+    turned, keys = INDEX_VECTORS[stored](q), INDEX_VECTORS[stored](k)
     overlap = 0
     for t in range(count):
         seen = length - count + t + 1
@@ -78,7 +93,7 @@ def test_fp8_selection_equals_the_transcription(consecutive: bool, capsys: pytes
         overlap += len(set(selected[t].tolist()) & set(plain.topk(topk).indices.tolist()))
     share = overlap / (count * topk)
     with capsys.disabled():
-        print(f" [fp8 selection: {share:.1%} of the unquantised one]", end="")
+        print(f" [{stored} selection: {share:.1%} of the unquantised one]", end="")
     assert share > 0.9
 
 

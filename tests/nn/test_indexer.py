@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
-from transcription import fp8_index_vectors
+from transcription import INDEX_VECTORS
 
 from foveal.config.model import IndexerConfig, RopeConfig
 from foveal.kernels.selection import index_scores
@@ -15,10 +15,10 @@ from foveal.nn.step import Step
 HIDDEN, LATENT, TOKENS = 48, 40, 60
 
 
-def indexer(heads: int, head_dim: int, *, interleaved: bool) -> Indexer:
+def indexer(heads: int, head_dim: int, stored: str, *, interleaved: bool) -> Indexer:
     rope = RopeConfig(dim=16, theta=10000.0, interleaved=interleaved)
     config = IndexerConfig(heads, head_dim, topk=8, query_dim=LATENT, rope=rope)
-    module = Indexer(config, HIDDEN, torch.float32, "fp8").requires_grad_(False)
+    module = Indexer(config, HIDDEN, torch.float32, stored).requires_grad_(False)
     for weight in module.parameters():
         weight.copy_(torch.randn(weight.shape) * weight.shape[-1] ** -0.5)
     return module
@@ -37,12 +37,13 @@ def turned(x: Tensor, *, interleaved: bool) -> Tensor:
     return out
 
 
+@pytest.mark.parametrize("stored", ["fp8", "int8"])
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("heads", "head_dim"), [(16, 32), (4, 128)])
-def test_fp8_scores(heads: int, head_dim: int, interleaved: bool) -> None:
+def test_scores(heads: int, head_dim: int, interleaved: bool, stored: str) -> None:
     """Any slip on the way: rope first or last, its pairs, the key norm's kind or epsilon, a scale left out, the order
     of ReLU, head weights and scales."""
-    module = indexer(heads, head_dim, interleaved=interleaved)
+    module = indexer(heads, head_dim, stored, interleaved=interleaved)
     x, latent = torch.randn(TOKENS, HIDDEN), torch.randn(TOKENS, LATENT)
     step = Step.of(Batch.packed([torch.zeros(TOKENS, dtype=torch.int64)]))
     keys = module._keys(x, step, None).context(0, 0, TOKENS)
@@ -51,10 +52,10 @@ def test_fp8_scores(heads: int, head_dim: int, interleaved: bool) -> None:
     q = (latent.double() @ module.wq_b.weight.double().T).view(TOKENS, heads, head_dim)
     k = x.double() @ module.wk.weight.double().T
     k = layer_norm(k, (head_dim,), module.k_norm.weight.double(), module.k_norm.bias.double(), 1e-6)
-    q, k = (fp8_index_vectors(turned(part, interleaved=interleaved).float()) for part in (q, k))
+    q, k = (INDEX_VECTORS[stored](turned(part, interleaved=interleaved).float()) for part in (q, k))
     weights = x.double() @ module.weights_proj.weight.double().T * heads**-0.5 * head_dim**-0.5
     expected = torch.einsum("ti,tin->tn", weights, torch.relu(torch.einsum("tij,nj->tin", q, k)))
-    # A number on the edge between two e4m3 values may fall to either side in float32; hardly any does.
+    # A number on the edge between two rounded values may fall to either side in float32; hardly any does.
     far = ((result - expected).abs() > 1e-5 * expected.abs().max()).double().mean()
     assert far < 0.1
     assert (result - expected).norm() < 2e-3 * expected.norm()

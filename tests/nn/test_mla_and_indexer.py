@@ -52,7 +52,7 @@ def by_steps(model: Decoder, sequences: list[Tensor], chunks: list[int], **cache
 
 
 @pytest.mark.parametrize("form", ["auto", "expanded", "absorbed"])
-@pytest.mark.parametrize("index_dtype", ["float32", "fp8", "bf16"])
+@pytest.mark.parametrize("index_dtype", ["float32", "fp8", "int8", "bf16"])
 @torch.no_grad()
 def test_steps_equal_the_whole(folder: Path, form: str, index_dtype: str) -> None:
     """Sequences of one batch in different forms, or with and without a selection, getting into each other.

@@ -23,7 +23,7 @@ def index_key_bytes(head_dim: int, dtype: str) -> int:
     """One index key: plain numbers, or `fp8` and `int8` = J + 4 (132: DeepGEMM `kv_cache_cast_to_fp8`): eight bits each
     and a scale. In a page its 64 keys come first, then their 64 scales.
 
-    Raises ValueError where eight bits are asked for and J is not a power of two: the Hadamard turn before them needs one.
+    Raises ValueError where eight bits are asked for and J is not a power of two: the Hadamard turn needs one.
     """
     if dtype not in EIGHT_BITS:
         return head_dim * ITEM_BYTES[dtype]

@@ -65,6 +65,11 @@ def quantise_index(x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     dtype: "fp8" (e4m3, power-of-two scales: `quantise_e4m3`) or "int8" (`quantise_int8`). Returns
     (float8_e4m3fn or int8 [..., J], float32 [...]). Raises ValueError where J is not a power of two.
     """
+    return turn_and_quantise(x, dtype)
+
+
+def turn_and_quantise(x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    """`quantise_index` in torch."""
     turned = hadamard(x.float())
     if dtype == "int8":
         return quantise_int8(turned)

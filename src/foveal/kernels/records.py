@@ -11,7 +11,7 @@ from torch import Tensor
 from foveal.config.formats import LATENT_BLOCK, PAGE_SIZE, index_key_bytes
 from foveal.kernels.dispatch import operation
 from foveal.kernels.keys import take_rows
-from foveal.kernels.quantise import e4m3_to_float32, quantise_e4m3, quantise_index
+from foveal.kernels.quantise import e4m3_to_float32, quantise_e4m3, turn_and_quantise
 
 
 @operation(differentiable=False)
@@ -35,7 +35,7 @@ def write_index_keys(keys_TJ: Tensor, rows_T: Tensor, pages: Tensor, dtype: str)
     pages: uint8 [B, 64 (J + 4)], see `IndexKeyRecords`; dtype: "fp8" or "int8". A row that is not there raises
     ValueError, or IndexError in torch.
     """
-    values, scales = quantise_index(keys_TJ, dtype, version="reference")
+    values, scales = turn_and_quantise(keys_TJ, dtype)
     stored = IndexKeyRecords(pages, keys_TJ.shape[1], dtype)
     page, place = rows_T // PAGE_SIZE, rows_T % PAGE_SIZE
     stored.values[page, place] = values.view(torch.uint8)
@@ -44,7 +44,7 @@ def write_index_keys(keys_TJ: Tensor, rows_T: Tensor, pages: Tensor, dtype: str)
 
 @dataclass(frozen=True)
 class LatentRecords:
-    """Latents as e4m3 with a float32 scale for each 128, rope keys as bfloat16: uint8 [rows, C + 4 ceil(C/128) + 2R]."""
+    """Latents as e4m3 with a float32 scale for each 128, rope keys as bfloat16: see `write_latents`."""
 
     bytes_: Tensor
     latent_rank: int
@@ -68,8 +68,8 @@ class LatentRecords:
 
 @dataclass(frozen=True)
 class IndexKeyRecords:
-    """Index keys of eight bits with one float32 scale a key, page by page: 64 J bytes of values, then 64 scales (DeepGEMM's
-    and vLLM's page layout). uint8 [B, 64 (J + 4)]. Keys are Hadamard-turned before they are quantised."""
+    """Index keys of eight bits with one float32 scale a key, page by page: 64 J bytes of values, then 64 scales
+    (DeepGEMM's and vLLM's page layout). uint8 [B, 64 (J + 4)]. Keys are Hadamard-turned before they are quantised."""
 
     pages: Tensor
     head_dim: int

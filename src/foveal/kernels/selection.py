@@ -18,8 +18,8 @@ def select(q_TIJ: Tensor, weights_TI: Tensor, keys: KeySource, queries: Queries,
 
     I(t, n) = sum_i weights(t, i) ReLU(q(t, i) . k(n)) in float32 (DeepSeek-V3.2 report, equation 1; the softmax scale,
     the head scale and the query's quantisation scale are folded into the weights, a key's scale into the key).
-    q_TIJ: [T, I, J], any float dtype, e4m3 or int8; weights_TI: float32 [T, I]; keys: rows [J]. Returns int32 [T, topk], ascending, -1 last where a
-    query has fewer earlier tokens. Ties go to the lower position.
+    q_TIJ: [T, I, J], any float dtype, e4m3 or int8; weights_TI: float32 [T, I]; keys: rows [J]. Returns int32
+    [T, topk], ascending, -1 last where a query has fewer earlier tokens. Ties go to the lower position.
     """
     selection_TK = torch.full((q_TIJ.shape[0], topk), -1, dtype=torch.int32, device=q_TIJ.device)
     for s, (row, count, first) in enumerate(queries):

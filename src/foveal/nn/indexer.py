@@ -18,8 +18,8 @@ class Indexer(nn.Module):
     """DeepSeek Sparse Attention's indexer (DeepSeek-V3.2 report, section 2.1; `inference/model.py`, `Indexer`).
 
     `stored`: what keys are kept as. With "fp8", queries and keys are turned by a Hadamard matrix and rounded to e4m3
-    with power-of-two scales, as DeepSeek runs it, with "int8" to whole numbers; with a torch dtype the turn would change
-    nothing and is left out.
+    with power-of-two scales, as DeepSeek runs it, with "int8" to whole numbers; with a torch dtype the turn would
+    change nothing and is left out.
     """
 
     def __init__(self, config: IndexerConfig, hidden_size: int, dtype: torch.dtype, stored: torch.dtype | str) -> None:

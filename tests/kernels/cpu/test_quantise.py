@@ -35,14 +35,13 @@ def test_quantise_index(isa: str, stored: str, dtype: torch.dtype, size: int) ->
 
 @each_isa
 def test_every_rounding_to_e4m3(isa: str) -> None:
-    """A tie between two e4m3 values, a denormal or the largest value rounded wrongly. Rows of one number are not turned:
-    448 sets the scale to one, so rows of two turned numbers a + b and a - b hold each number as it is."""
+    """A tie between two e4m3 values, a denormal or the largest value rounded wrongly. 448 in front of them keeps the
+    scale at one."""
     codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     between = (codes[1:] + codes[:-1]) / 2
     numbers = torch.cat((codes, between, between.nextafter(torch.tensor(0.0)), between.nextafter(torch.tensor(500.0))))
     wide = torch.zeros(len(numbers), 128 + 1)
-    wide[:, 0], wide[:, 128] = 448.0, 0.0
-    wide[:, 1], wide[:, 2] = numbers, -numbers
+    wide[:, 0], wide[:, 1], wide[:, 2] = 448.0, numbers, -numbers
     stored = {}
     for version in (isa, "reference"):
         stored[version] = torch.zeros(len(numbers), latent_bytes(128, 1, "fp8"), dtype=torch.uint8)
@@ -69,7 +68,7 @@ def test_write_index_keys(isa: str, stored: str, dtype: torch.dtype) -> None:
 @each_dtype
 @pytest.mark.parametrize(("rank", "rope"), [(512, 64), (200, 8), (1, 1), (131, 7), (16, 0), (0, 4)])
 def test_write_latents(isa: str, dtype: torch.dtype, rank: int, rope: int) -> None:
-    """Blocks of 128 that share a wrong scale, the last shorter one, a rope key in the wrong place, another row's bytes."""
+    """Blocks of 128 that share a wrong scale, the last shorter one, a misplaced rope key, other rows' bytes."""
     latents, rows = of_every_size(50, rank + rope + 2).to(dtype)[:, 1:-1], torch.randperm(90)[:50]
     before = torch.randint(0, 256, (90, latent_bytes(rank, rope, "fp8")), dtype=torch.uint8)
     result, expected = before.clone(), before.clone()

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from foveal.config.formats import PAGE_SIZE
 from foveal.kernels.cpu.library import FORMATS, Kernels, address, compiled
 from foveal.kernels.cpu.places import sequence_arguments
 from foveal.kernels.keys import KeySource, Queries, Rows
@@ -27,7 +28,8 @@ def _accepts(q_TIJ: Tensor, weights_TI: Tensor, keys: KeySource, queries: Querie
     return (
         q_TIJ.dtype in wanted
         and weights_TI.dtype == torch.float32
-        and 0 < q_TIJ.shape[-1] <= _MOST_NUMBERS
+        and 0 < q_TIJ.shape[2] <= _MOST_NUMBERS
+        and q_TIJ.shape[1] > 0
         and stored.dim() == 2
         and stored.stride(1) == 1
         and topk > 0
@@ -45,7 +47,9 @@ def _select(
     if weights_TI.shape != (count, heads):
         raise ValueError(f"weights have shape {tuple(weights_TI.shape)}, queries {tuple(q_TIJ.shape)}")
     if queries.offsets[0] != 0 or queries.offsets[-1] != count or len(keys.contexts.lengths) != len(queries.positions):
-        raise ValueError(f"queries up to {queries.offsets[-1]} of {len(queries.positions)} sequences do not fit {count}")
+        raise ValueError(
+            f"queries up to {queries.offsets[-1]} of {len(queries.positions)} sequences do not fit {count}"
+        )
     q_TIJ, weights_TI = q_TIJ.contiguous(), weights_TI.contiguous()
     selection_TK = torch.empty(count, topk, dtype=torch.int32)
     kernels.run.select(
@@ -61,8 +65,10 @@ def _stored(keys: KeySource) -> tuple[Tensor, int, int, int, int]:
     """Memory, its format, bytes from a row (or a page of records) to the next, rows, numbers of a key."""
     records = keys.records
     if isinstance(records, IndexKeyRecords):
-        pages = records.pages
-        return pages, _RECORD_FORMATS[records.dtype], pages.stride(0), len(records.scales.flatten()), records.head_dim
+        pages, width = records.pages, PAGE_SIZE * (records.head_dim + 4)
+        if pages.dtype != torch.uint8 or pages.shape[1] != width:
+            raise ValueError(f"pages of {width} bytes do not fit {pages.dtype} of shape {tuple(pages.shape)}")
+        return pages, _RECORD_FORMATS[records.dtype], pages.stride(0), PAGE_SIZE * len(pages), records.head_dim
     assert isinstance(records, Rows)
     values = records.values
     return values, FORMATS[values.dtype], values.stride(0) * values.itemsize, *values.shape
