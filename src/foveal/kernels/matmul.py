@@ -1,7 +1,7 @@
 """Matrix products with weights: plain, packed by oneDNN, or quantised."""
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -27,11 +27,26 @@ class QuantisedWeight:
     int8: values int8 [Y, X] from -127 to 127, scales float32 [Y]; W = scale * value. `lows` is None.
     int4: values uint8 [Y, X / 2], two of 0 to 15 in a byte: of each 32 inputs, byte j holds input j in its low and input
     j + 16 in its high half. scales and lows bfloat16 [Y, X / group]; W = scale * value + low.
+
+    Raises ValueError for parts that do not fit together, or are not contiguous.
     """
 
     values: Tensor
     scales: Tensor
     lows: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        *outer, inputs = self.shape
+        dtypes = [part.dtype for part in self.parts]
+        if self.lows is None:
+            fits = dtypes == [torch.int8, torch.float32] and list(self.scales.shape) == outer
+        else:
+            *rows, groups = self.scales.shape
+            fits = dtypes == [torch.uint8, torch.bfloat16, torch.bfloat16] and self.lows.shape == self.scales.shape
+            fits = fits and rows == outer and inputs in [group * groups for group in INT4_GROUPS]
+        if not fits or not all(part.is_contiguous() for part in self.parts):
+            shapes = ", ".join(f"{part.dtype} {list(part.shape)}" for part in self.parts)
+            raise ValueError(f"the parts of a quantised weight do not fit together: {shapes}")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,6 +63,12 @@ class QuantisedWeight:
     def nbytes(self) -> int:
         """Bytes of all parts."""
         return sum(part.nbytes for part in self.parts)
+
+    @cached_property
+    def place(self) -> tuple[int, int, int, int, int, int]:
+        """For the compiled kernels: where values, scales and lows begin (0: no lows), outputs, inputs, group (int8: 0)."""
+        starts = self.values.data_ptr(), self.scales.data_ptr(), 0 if self.lows is None else self.lows.data_ptr()
+        return *starts, *self.shape[-2:], 0 if self.lows is None else self.group
 
     @property
     def parts(self) -> tuple[Tensor, ...]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from foveal.kernels.cpu.library import FORMATS, Kernels, address, compiled
-from foveal.kernels.matmul import INT4_GROUPS, QuantisedWeight, Weight, linear
+from foveal.kernels.matmul import QuantisedWeight, Weight, linear
 
 DTYPES = (torch.float32, torch.bfloat16)
 """Of activations."""
@@ -13,17 +13,11 @@ CODINGS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 
 
 def weight_arguments(weight: Weight) -> tuple[int, int, int, int, int, int, int]:
-    """The numbers of `WeightArguments` in csrc/bindings/weights.h; of several weights, those of the first.
-
-    Raises ValueError for a quantised weight whose parts do not fit together.
-    """
+    """The numbers of `WeightArguments` in csrc/bindings/weights.h; of several weights, those of the first."""
+    if isinstance(weight, QuantisedWeight):
+        return *weight.place, CODINGS[weight.values.dtype]
     outputs, inputs = weight.shape[-2:]
-    if isinstance(weight, Tensor):
-        return address(weight), 0, 0, outputs, inputs, 0, CODINGS[weight.dtype]
-    _check_parts(weight)
-    group = 0 if weight.lows is None else weight.group
-    parts = address(weight.values), address(weight.scales), address(weight.lows)
-    return *parts, outputs, inputs, group, CODINGS[weight.values.dtype]
+    return address(weight), 0, 0, outputs, inputs, 0, CODINGS[weight.dtype]
 
 
 def takes_weight(weight: Weight, dtype: torch.dtype, dimensions: int = 2) -> bool:
@@ -31,20 +25,6 @@ def takes_weight(weight: Weight, dtype: torch.dtype, dimensions: int = 2) -> boo
     if isinstance(weight, QuantisedWeight):
         return weight.values.dim() == dimensions and weight.values.device.type == "cpu"
     return weight.dim() == dimensions and weight.dtype == dtype and not weight.is_mkldnn and weight.is_contiguous()
-
-
-def _check_parts(weight: QuantisedWeight) -> None:
-    *outer, inputs = weight.shape
-    dtypes = [part.dtype for part in weight.parts]
-    if weight.lows is None:
-        fits = dtypes == [torch.int8, torch.float32] and list(weight.scales.shape) == outer
-    else:
-        groups = weight.scales.shape[-1]
-        fits = dtypes == [torch.uint8, torch.bfloat16, torch.bfloat16] and weight.lows.shape == weight.scales.shape
-        fits = fits and list(weight.scales.shape[:-1]) == outer and inputs in [group * groups for group in INT4_GROUPS]
-    if not fits or not all(part.is_contiguous() for part in weight.parts):
-        shapes = ", ".join(f"{part.dtype} {list(part.shape)}" for part in weight.parts)
-        raise ValueError(f"the parts of a quantised weight do not fit together: {shapes}")
 
 
 def _accepts(x_TX: Tensor, weight: Weight, bias: Tensor | None = None) -> bool:
