@@ -66,7 +66,11 @@ def test_parts_that_do_not_fit_together() -> None:
         (int8, {"scales": int8.scales[:4]}),
         (int8, {"scales": int8.scales.bfloat16()}),
         (int8, {"values": torch.ones(5, 128, dtype=torch.int8)[:, :64]}),
-        (int4, {"scales": int4.scales[:, :1].contiguous(), "lows": int4.lows[:, :1].contiguous()} | {"values": int4.values[:4]}),
+        (
+            int4,
+            {"scales": int4.scales[:, :1].contiguous(), "lows": int4.lows[:, :1].contiguous()}
+            | {"values": int4.values[:4]},
+        ),
         (int4, {"scales": torch.ones(5, 4).bfloat16(), "lows": torch.ones(5, 4).bfloat16()}),
         (int4, {"lows": int4.lows[:4]}),
         (int4, {"lows": int4.lows.float()}),

@@ -42,7 +42,8 @@ class LLM:
     `kv_cache_dtype` (of latents) and `index_dtype` (of index keys) are names or torch dtypes; torch.float8_e4m3fn is
     "fp8". `mla_form`: how latent attention is computed: "expanded", "absorbed", or "auto", the cheaper one for each
     sequence. `quantization`: "int8" or "int4" rounds the weights while they are loaded; activations keep their dtype
-    (CPU only; see `Decoder.quantise`). `max_model_len`: most tokens of a prompt and its completion (None: the model's). `max_num_seqs` sequences
+    (CPU only; see `Decoder.quantise`).
+    `max_model_len`: most tokens of a prompt and its completion (None: the model's). `max_num_seqs` sequences
     run at a time, and a step computes at most `max_num_batched_tokens` tokens. `kv_cache_memory`: bytes of the cache
     (None: a share of the memory that is free, and no more than `max_num_seqs` sequences of `max_model_len` tokens
     need). `enable_prefix_caching`: keep what was computed for prompts that begin alike. `seed`: for requests without

@@ -25,8 +25,8 @@ class QuantisedWeight:
     """A weight [Y, X] in 8 or 4 bits, or several of them, [E, Y, X]: all parts have the further dimension.
 
     int8: values int8 [Y, X] from -127 to 127, scales float32 [Y]; W = scale * value. `lows` is None.
-    int4: values uint8 [Y, X / 2], two of 0 to 15 in a byte: of each 32 inputs, byte j holds input j in its low and input
-    j + 16 in its high half. scales and lows bfloat16 [Y, X / group]; W = scale * value + low.
+    int4: values uint8 [Y, X / 2], two of 0 to 15 in a byte: of each 32 inputs, byte j holds input j in its low half and
+    input j + 16 in its high half. scales and lows bfloat16 [Y, X / group]; W = scale * value + low.
 
     Raises ValueError for parts that do not fit together, or are not contiguous.
     """
@@ -66,9 +66,12 @@ class QuantisedWeight:
 
     @cached_property
     def place(self) -> tuple[int, int, int, int, int, int]:
-        """For the compiled kernels: where values, scales and lows begin (0: no lows), outputs, inputs, group (int8: 0)."""
-        starts = self.values.data_ptr(), self.scales.data_ptr(), 0 if self.lows is None else self.lows.data_ptr()
-        return *starts, *self.shape[-2:], 0 if self.lows is None else self.group
+        """For compiled kernels: where values, scales and lows begin (no lows: 0), outputs, inputs, group (int8: 0)."""
+        outputs, inputs = self.shape[-2:]
+        if self.lows is None:
+            return self.values.data_ptr(), self.scales.data_ptr(), 0, outputs, inputs, 0
+        parts = self.values.data_ptr(), self.scales.data_ptr(), self.lows.data_ptr()
+        return *parts, outputs, inputs, self.group
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
@@ -172,12 +175,16 @@ def _linear_packed(x_TX: Tensor, weight: Any, bias: Tensor | None = None) -> Ten
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    """The weight in oneDNN's blocked order, for inference: 1.3 to 2.5 times faster for few rows.
+    """The weight in oneDNN's blocked order, for inference: faster than torch's product for few rows.
 
-    Figures: benchmarks/kernels.py. Returned as it is where that gains nothing (small weights) or cannot be (another
-    device or dtype, no oneDNN).
+    Figures: benchmarks/kernels.py. Returned as it is where that gains nothing (small weights; compiled products with
+    vector instructions, as fast on readable weights) or cannot be (another device or dtype, no oneDNN).
     """
-    if not _packable(weight) or weight.numel() <= _SMALLEST_PACKED[weight.dtype]:
+    if (
+        linear.chosen() not in ("onednn", "portable")
+        or not _packable(weight)
+        or weight.numel() <= _SMALLEST_PACKED[weight.dtype]
+    ):
         return weight
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
     return packed

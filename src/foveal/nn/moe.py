@@ -69,7 +69,7 @@ class Experts(nn.Module):
         return experts(x_TD, weights_TA, chosen_TA, gate_up, down, self.activation)
 
     def pack(self) -> None:
-        """Trade the stacked weights for packed ones, for inference, where no compiled version reads them as they are."""
+        """Trade the stacked weights for packed ones, for inference, unless compiled versions read them as they are."""
         if self.quantised is None and experts.chosen() == "torch":
             self._packed = [pack_weight(w) for w in self.gate_up_proj], [pack_weight(w) for w in self.down_proj]
             del self.gate_up_proj, self.down_proj

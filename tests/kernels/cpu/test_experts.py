@@ -47,7 +47,7 @@ def test_experts(isa: str, dtype: torch.dtype, kind: str, tokens: int) -> None:
 @pytest.mark.parametrize("kind", ["plain", "int4"])
 def test_one_expert_for_all(isa: str, kind: str) -> None:
     """More rows of one expert than an item takes."""
-    x, weights, chosen, gate_up, down = make_arguments(300, kind, torch.float32)
+    x, weights, _, gate_up, down = make_arguments(300, kind, torch.float32)
     arguments = (x, weights[:, :1].contiguous(), torch.full((300, 1), 2), gate_up, down)
     expected = experts(*in_float64(arguments), silu, version="reference")
     assert (experts(*arguments, silu, version=isa) - expected).norm() < 1e-4 * expected.norm()

@@ -1,4 +1,4 @@
-"""Compiled products with weights against float64, for every instruction set, way of storing weights and number of rows."""
+"""Compiled products with weights against float64: every instruction set and way of storing weights."""
 
 import pytest
 import torch
@@ -92,7 +92,9 @@ def test_threads_change_nothing(isa: str, kind: str) -> None:
 def test_part_of_a_row(isa: str, kind: str) -> None:
     """A stride that is not honoured: inputs are slices of wider projections."""
     wider, weight = torch.randn(3, 300), make_weight(kind, 6, 128, torch.float32)
-    assert torch.equal(linear(wider[:, 70:198], weight, version=isa), linear(wider[:, 70:198].clone(), weight, version=isa))
+    assert torch.equal(
+        linear(wider[:, 70:198], weight, version=isa), linear(wider[:, 70:198].clone(), weight, version=isa)
+    )
 
 
 @each_isa

@@ -37,10 +37,11 @@ def _experts(
     x_TD: Tensor,
     weights_TA: Tensor,
     chosen_TA: Tensor,
-    gate_up: Tensor | QuantisedWeight,
-    down: Tensor | QuantisedWeight,
+    gate_up: Stack,
+    down: Stack,
     activation: Activation,
 ) -> Tensor:
+    assert isinstance(gate_up, Tensor | QuantisedWeight) and isinstance(down, Tensor | QuantisedWeight)
     tokens, hidden_size = x_TD.shape
     count, hidden = gate_up.shape[0], down.shape[2]
     if tuple(gate_up.shape) != (count, 2 * hidden, hidden_size) or tuple(down.shape) != (count, hidden_size, hidden):
