@@ -34,6 +34,7 @@ void add_instruction_set(nb::module_& parent, Isa isa, const char* name) {
   nb::module_ module = parent.def_submodule(name);
   bind_activation(module, isa);
   bind_block(module, isa);
+  bind_experts(module, isa);
   bind_flash(module, isa);
   bind_latent(module, isa);
   bind_linear(module, isa);

@@ -31,6 +31,7 @@ T* writing(Address address) {
 void bind_activation(nb::module_& module, Isa isa);
 void bind_block(nb::module_& module, Isa isa);
 void bind_block_types(nb::module_& module);  // once, for all instruction sets
+void bind_experts(nb::module_& module, Isa isa);
 void bind_flash(nb::module_& module, Isa isa);
 void bind_latent(nb::module_& module, Isa isa);
 void bind_linear(nb::module_& module, Isa isa);

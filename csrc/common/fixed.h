@@ -8,6 +8,9 @@ namespace foveal::FOVEAL_ISA {
 
 constexpr int FIXED = 32;
 
+// Keeps g++ from putting off the additions of many products, all of which it would have to spill.
+#define FOVEAL_IN_ORDER(sums) asm("" : "+x"(sums))
+
 #if defined(FOVEAL_AVX512)
 
 struct Fixed {
@@ -66,8 +69,11 @@ FOVEAL_INLINE Fixed load_nibbles(const uint8_t* p) {
 }
 FOVEAL_INLINE Sums no_sums() { return {_mm256_setzero_si256()}; }
 FOVEAL_INLINE Sums multiply_add(Fixed a, Fixed b, Sums c) {
-  const __m256i low = _mm256_madd_epi16(a.low, b.low), high = _mm256_madd_epi16(a.high, b.high);
-  return {_mm256_add_epi32(_mm256_add_epi32(c.v, low), high)};
+  c.v = _mm256_add_epi32(c.v, _mm256_madd_epi16(a.low, b.low));
+  FOVEAL_IN_ORDER(c.v);
+  c.v = _mm256_add_epi32(c.v, _mm256_madd_epi16(a.high, b.high));
+  FOVEAL_IN_ORDER(c.v);
+  return c;
 }
 FOVEAL_INLINE F32 to_float(Sums x) { return {_mm256_cvtepi32_ps(x.v)}; }
 FOVEAL_INLINE int sum(Sums x) {

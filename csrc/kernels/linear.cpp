@@ -10,7 +10,7 @@ namespace foveal::FOVEAL_ISA {
 namespace {
 
 constexpr int64_t ITEM_BYTES = 64 << 10;  // of weights: less is not worth another thread
-constexpr int64_t ITEM_ROWS = 128;        // of activations
+constexpr int64_t ITEM_ROWS = 256;        // of activations
 
 template <class Number>
 void finish(const Linear& call, const float* c, int64_t c_stride, int64_t row, int64_t rows, int64_t first, int64_t count) {
@@ -32,9 +32,9 @@ void run(const Linear& call) {
   Activations a = layout(weight);
   const int64_t prepared = bytes_of(a, call.rows);
   const int64_t least = ITEM_BYTES / (row_bytes(weight) + 1) + 1, share = weight.outputs / (4 * call.threads) + 1;
-  const int64_t count = round_up(call.threads == 1 && call.rows <= FEW ? weight.outputs : least > share ? least : share, 16);
+  const int64_t count = round_up(call.threads == 1 && call.rows <= FEW ? weight.outputs : least > share ? least : share, 32);
   const int64_t rows = call.rows < ITEM_ROWS ? call.rows : ITEM_ROWS;
-  const int64_t each = rows * count + product_scratch(a) + 32;  // floats of a thread
+  const int64_t each = rows * count + product_scratch(weight, a, rows) + 32;  // floats of a thread
   Scratch scratch(prepared + call.threads * (each * 4 + 64) + 128);
   place(a, scratch.take<char>(prepared), call.rows);
   float* memory = scratch.take<float>(call.threads * each);

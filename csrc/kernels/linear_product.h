@@ -1,7 +1,7 @@
 // The product of prepared activations and any part of a weight, for one thread. linear.cpp and experts.cpp divide the work.
 #pragma once
 
-#include "kernels/linear_rows.h"
+#include "kernels/linear_tiles.h"
 
 namespace foveal::FOVEAL_ISA {
 
@@ -58,19 +58,26 @@ void strips(const Corner& at, int64_t count, int64_t rows) {
   }
 }
 
-// Floats of scratch that `product` needs.
-inline int64_t product_scratch(const Activations& a) { return ROWS_AT_ONCE * a.groups; }
+// Floats of scratch that `product` of so many rows needs.
+inline int64_t product_scratch(const Weight& weight, const Activations& a, int64_t rows) {
+  if (is_fixed(weight.coding)) return ROWS_AT_ONCE * a.groups;
+  return rows > FEW ? TILE_SCRATCH : 0;
+}
 
-// c[m * c_stride + o] = activations[row + m] . weight[first + o], for m < rows and o < count.
+// c[m * c_stride + o] = activations[row + m] . weight[first + o], for m < rows and o < count. c_stride is a multiple of PANEL:
+// what stands between `count` and the next multiple is overwritten.
 inline void product(const Weight& weight, const Activations& a, int64_t row, int64_t rows, int64_t first, int64_t count,
                     float* c, int64_t c_stride, float* scratch) {
   // Short rows are soon followed by the next ones, long ones by themselves.
   const int64_t strip = row_bytes(weight) * ROWS_AT_ONCE;
   const Corner at{weight, a, first, row, c, c_stride, strip < 4096 ? strip : 1024, scratch};
+  Word* words = reinterpret_cast<Word*>(scratch);
   switch (weight.coding) {
     case Coding::f32:
+      if (rows > FEW) return tiles<float, FloatDot>(weight, a, row, rows, first, count, c, c_stride, words);
       return strips<Words<Floats>>(at, count, rows);
     case Coding::bf16:
+      if (rows > FEW) return tiles<bf16, Bf16Dot>(weight, a, row, rows, first, count, c, c_stride, words);
       return strips<Words<Bf16s>>(at, count, rows);
     case Coding::int8:
       return strips<Int8s>(at, count, rows);

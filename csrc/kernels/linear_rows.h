@@ -300,17 +300,19 @@ inline void dot_int8(const Corner& at) {
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) sums[r][m] = no_sums();
-    if (i + BLOCK <= inputs) {
+    const int64_t here = inputs - i < BLOCK ? inputs - i : BLOCK;
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        prefetch(w + r * inputs + i, at.ahead);
-        prefetch(w + r * inputs + i, at.ahead + 64);
-      }
-      for (int k = 0; k < BLOCK; k += FIXED) add_fixed<R, M>(w + i + k, inputs, x + i + k, padded, sums);
-    } else {
-      int8_t last[R][BLOCK] = {};
-      for (int r = 0; r < R; ++r) std::memcpy(last[r], w + r * inputs + i, inputs - i);
-      for (int k = 0; i + k < inputs; k += FIXED) add_fixed<R, M>(last[0] + k, BLOCK, x + i + k, padded, sums);
+    for (int r = 0; r < R; ++r) {
+      prefetch(w + r * inputs + i, at.ahead);
+      prefetch(w + r * inputs + i, at.ahead + 64);
+    }
+    int64_t k = 0;
+#pragma GCC unroll 1
+    for (; k + FIXED <= here; k += FIXED) add_fixed<R, M>(w + i + k, inputs, x + i + k, padded, sums);
+    if (k < here) {
+      int8_t last[R][FIXED] = {};
+      for (int r = 0; r < R; ++r) std::memcpy(last[r], w + r * inputs + i + k, here - k);
+      add_fixed<R, M>(last[0], FIXED, x + i + k, padded, sums);
     }
     add_block<R, M>(sums, scales, at.a.blocks, total);
   }
@@ -324,18 +326,20 @@ inline void dot_int8(const Corner& at) {
 // int4: a group is summed as integers, and a block as groups times their scales. The groups' lows meet the sums of the
 // activations.
 
-// The scales as floats to scratch; the part of the lows as the first of each total.
+// The scales as floats to scratch; the part of the lows as the first of each total. Whole registers are read, into the next
+// row's scales where they end within one: those meet sums that are zero.
 template <int R, int M>
 FOVEAL_INLINE void start_groups(const Corner& at, F32 (&total)[R][M]) {
   const int64_t groups = at.weight.inputs / at.weight.group, padded = at.a.groups;
   const bf16* scales = static_cast<const bf16*>(at.weight.scales) + at.first * groups;
   const bf16* lows = static_cast<const bf16*>(at.weight.lows) + at.first * groups;
   const float* sums = at.a.sums + at.row * padded;
+  const int64_t left = (at.weight.outputs - at.first) * groups;
   for (int64_t g = 0; g < groups; g += F32::width) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      store(at.scales + r * padded + g, load_up_to(scales + r * groups + g, groups - g));
-      const F32 low = load_up_to(lows + r * groups + g, groups - g);
+      store(at.scales + r * padded + g, load_up_to(scales + r * groups + g, left - r * groups - g));
+      const F32 low = load_up_to(lows + r * groups + g, left - r * groups - g);
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) total[r][m] = fma(low, load(sums + m * padded + g), total[r][m]);
     }
@@ -377,6 +381,7 @@ inline void dot_int4(const Corner& at) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) prefetch(w + r * stride + i / 2, at.ahead);
     const int64_t stop = i + BLOCK < inputs ? i + BLOCK : inputs;
+#pragma GCC unroll 1
     for (int64_t k = i; k < stop; k += GROUP)
       add_group<GROUP, R, M>(w + k / 2, stride, x + k, padded, at.scales + k / GROUP, at.a.groups, block);
 #pragma GCC unroll 4

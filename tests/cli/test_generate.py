@@ -86,3 +86,13 @@ def test_stop_ends_the_text(run: Any, tiny_model: str, expected: str) -> None:
     answer = json.loads(run("generate", tiny_model, _PROMPT, *_LENGTH, "--stop", stop, "--json").out)
     assert answer["text"] == expected[: expected.index(stop)]
     assert answer["finish_reason"] == "stop"
+
+
+def test_quantization(run: Any, tiny_model: str) -> None:
+    """Guards against weights that are not rounded after all, and a wrong name that is not refused in one line."""
+    rounded = LLM(tiny_model, max_num_seqs=1, quantization="int8").generate(_PROMPT, _greedy())[0].outputs[0].text
+    assert run("generate", tiny_model, _PROMPT, *_LENGTH, "--quantization", "int8").out == rounded + "\n"
+    ended = run("generate", tiny_model, _PROMPT, *_LENGTH, "--quantization", "int2")
+    assert ended == (2, "", "foveal: quantization must be one of int8, int4, not 'int2'\n")
+    ended = run("generate", tiny_model, _PROMPT, *_LENGTH, "--quantization", "int4")
+    assert ended.code == 2 and "mlp.down_proj: int4 in groups of 32" in ended.err and ended.err.count("\n") == 1

@@ -149,8 +149,22 @@ def test_options_arrive(decoder: FakeDecoder, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(llm_module, "plan_cache", plan_cache)
     mine = ByteTokenizer()
     fp8 = torch.float8_e4m3fn
-    llm = LLM("fake", mla_form="absorbed", kv_cache_dtype=fp8, index_dtype=fp8, tokenizer=mine, device="cpu")
-    assert options == {"dtype": "auto", "device": "cpu", "index_dtype": "fp8", "mla_form": "absorbed"}
+    llm = LLM(
+        "fake",
+        mla_form="absorbed",
+        kv_cache_dtype=fp8,
+        index_dtype=fp8,
+        tokenizer=mine,
+        device="cpu",
+        quantization="int4",
+    )
+    assert options == {
+        "dtype": "auto",
+        "device": "cpu",
+        "index_dtype": "fp8",
+        "mla_form": "absorbed",
+        "quantization": "int4",
+    }
     assert formats == [("fp8", "fp8")] and llm.tokenizer is mine
     LLM("fake", kv_cache_dtype=torch.bfloat16)
     assert formats[1] == ("bfloat16", "auto")

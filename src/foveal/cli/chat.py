@@ -17,6 +17,7 @@ def chat(
     index_dtype: options.IndexDtype = "auto",
     kv_cache_dtype: options.KVCacheDtype = "auto",
     mla_form: options.MLAForm = "auto",
+    quantization: options.Quantization = None,
 ) -> None:
     """Talk with MODEL. /reset forgets what was said, /exit or the end of input ends."""
     from foveal import SamplingParams
@@ -24,7 +25,13 @@ def chat(
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop
     )
-    precision = {"dtype": dtype, "index_dtype": index_dtype, "kv_cache_dtype": kv_cache_dtype, "mla_form": mla_form}
+    precision = {
+        "dtype": dtype,
+        "index_dtype": index_dtype,
+        "kv_cache_dtype": kv_cache_dtype,
+        "mla_form": mla_form,
+        "quantization": quantization,
+    }
     llm = session.load(model, precision)
     messages: list[dict[str, str]] = []
     while (line := _next_line()) is not None:

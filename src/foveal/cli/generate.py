@@ -35,6 +35,7 @@ def generate(
     index_dtype: options.IndexDtype = "auto",
     kv_cache_dtype: options.KVCacheDtype = "auto",
     mla_form: options.MLAForm = "auto",
+    quantization: options.Quantization = None,
 ) -> None:
     """Write what MODEL makes of PROMPT, token by token."""
     text = _prompt_text(prompt, file)
@@ -51,7 +52,13 @@ def generate(
         ids = chat_prompt(tokenizer, messages)["prompt_token_ids"] if chat else tokenizer.encode(text)
         return len(ids) + max_tokens
 
-    precision = {"dtype": dtype, "index_dtype": index_dtype, "kv_cache_dtype": kv_cache_dtype, "mla_form": mla_form}
+    precision = {
+        "dtype": dtype,
+        "index_dtype": index_dtype,
+        "kv_cache_dtype": kv_cache_dtype,
+        "mla_form": mla_form,
+        "quantization": quantization,
+    }
     llm = session.load(model, precision, length)
     stream = llm.stream(llm.chat_prompt(messages) if chat else text, params)
     if as_json:

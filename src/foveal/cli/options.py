@@ -34,4 +34,8 @@ MLAForm = Annotated[
         "--mla-form", help="How latents are attended to: auto, expanded or absorbed.", rich_help_panel=_PRECISION
     ),
 ]
+Quantization = Annotated[
+    str | None,
+    typer.Option(help="Round the weights to int8 or int4 while they are loaded.", rich_help_panel=_PRECISION),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

@@ -7,7 +7,7 @@ from foveal.kernels.activation import gated
 from foveal.kernels.dense import attention
 from foveal.kernels.dispatch import Operation
 from foveal.kernels.keys import Columns, Contexts, KeySource, OneHead, Queries, Rows
-from foveal.kernels.matmul import QuantisedWeight, linear, pack_weight, quantise_weight
+from foveal.kernels.matmul import QUANTIZATIONS, QuantisedWeight, linear, pack_weight, quantise_weight
 from foveal.kernels.moe import experts
 from foveal.kernels.norm import add_rms_norm, rms_norm
 from foveal.kernels.quantise import hadamard, quantise_e4m3, quantise_index
@@ -18,6 +18,7 @@ from foveal.kernels.selection import select
 from foveal.kernels.sparse import sparse_attention
 
 __all__ = [
+    "QUANTIZATIONS",
     "Columns",
     "Contexts",
     "KeySource",

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from foveal.kernels.dispatch import operation
-from foveal.kernels.matmul import linear
+from foveal.kernels.matmul import QuantisedWeight, Weight, linear
 
 Activation = Callable[[Tensor], Tensor]
+Stack = Tensor | QuantisedWeight | Sequence[Tensor]
+"""A weight for each expert: stacked [E, Y, X], or one after another."""
 
 
 @operation(differentiable=True)
@@ -16,14 +18,14 @@ def experts(
     x_TD: Tensor,
     weights_TA: Tensor,
     chosen_TA: Tensor,
-    gate_up: Sequence[Tensor],
-    down: Sequence[Tensor],
+    gate_up: Stack,
+    down: Stack,
     activation: Activation,
 ) -> Tensor:
     """Weighted sum over the chosen experts e of down_e(act(gate_e x) * up_e x).
 
-    x_TD: [T, D]; weights_TA: float32 [T, A]; chosen_TA: int64 [T, A]; gate_up: for each expert [2F, D], gate rows
-    first; down: [D, F]. Summed in float32, returned as [T, D] in x's dtype.
+    x_TD: [T, D]; weights_TA: float32 [T, A]; chosen_TA: int64 [T, A]; gate_up: [2F, D] for each expert, gate rows
+    first; down: [D, F] for each. Summed in float32, returned as [T, D] in x's dtype.
     """
     rows = []
     for x_D, weights_A, chosen_A in zip(x_TD, weights_TA, chosen_TA.tolist(), strict=True):
@@ -37,8 +39,8 @@ def _experts_grouped(
     x_TD: Tensor,
     weights_TA: Tensor,
     chosen_TA: Tensor,
-    gate_up: Sequence[Tensor],
-    down: Sequence[Tensor],
+    gate_up: Stack,
+    down: Stack,
     activation: Activation,
 ) -> Tensor:
     """Tokens grouped by expert: one product for each expert that any token chose, none for the others."""
@@ -57,6 +59,6 @@ def _experts_grouped(
     return weighted_XD[place_X].unflatten(0, chosen_TA.shape).sum(1).to(x_TD)
 
 
-def _expert(x_TD: Tensor, gate_up_FD: Tensor, down_DF: Tensor, activation: Activation) -> Tensor:
+def _expert(x_TD: Tensor, gate_up_FD: Weight, down_DF: Weight, activation: Activation) -> Tensor:
     gate_TF, up_TF = linear(x_TD, gate_up_FD).chunk(2, -1)
     return linear(activation(gate_TF) * up_TF, down_DF)

@@ -11,7 +11,7 @@ from foveal.cache.layouts import BlockCache
 from foveal.cache.store import CacheStore, resolve_index_dtype
 from foveal.config import ModelConfig
 from foveal.config.model import BlockConfig, GQAConfig, LayerConfig, MambaConfig, MLAConfig, MLPConfig, MoEConfig
-from foveal.kernels import linear, pack_weight
+from foveal.kernels import QuantisedWeight, linear, pack_weight, quantise_weight
 from foveal.nn.batch import Batch
 from foveal.nn.fused import FusedBlock, Fuses
 from foveal.nn.gqa import GQA
@@ -58,7 +58,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=options.dtype)
         if not config.tied_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype=options.dtype)
-        self._packed_head: Tensor | None = None
+        self._packed_head: Tensor | QuantisedWeight | None = None
 
     def forward(self, ids_SN: Tensor) -> Tensor:
         """Logits, float32 [S, N, V], of sequences of equal length; int64 in. Differentiable."""
@@ -76,7 +76,7 @@ class Decoder(nn.Module):
 
     def pack(self) -> None:
         """Trade readable weights for faster ones, for inference: no more gradients, no more saving."""
-        if self.config.tied_embeddings:
+        if self.config.tied_embeddings and self._packed_head is None:
             self._packed_head = pack_weight(self.embed_tokens.weight)
         for module in self.modules():
             if isinstance(module, Linear | Experts):
@@ -84,6 +84,21 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, Block):
                 module.fuse()
+
+    def quantise(self, quantization: str) -> None:
+        """Round the weights to "int8" or "int4" (see `quantise_weight`), for inference, as `pack` does.
+
+        All linear layers and experts but those of class `ExactLinear`. Embeddings stay as they are; a head that is tied
+        to them reads a rounded copy. Raises ValueError, with the layer's name, where a weight cannot be rounded.
+        """
+        for name, module in self.named_modules():
+            quantise_layer(module, quantization, name)
+        self.quantise_head(quantization)
+
+    def quantise_head(self, quantization: str) -> None:
+        """The rounded copy of the embeddings, where they serve as the head."""
+        if self.config.tied_embeddings:
+            self._packed_head = quantise_weight(self.embed_tokens.weight, quantization)
 
     def _head(self, x_LD: Tensor) -> Tensor:
         if not self.config.tied_embeddings:
@@ -144,6 +159,15 @@ class Block(nn.Module):
             step.collect("selection", step.selection_TK)
         out_TD: Tensor = self.operation(h_TD, latent_TX, step, cache)
         return out_TD
+
+
+def quantise_layer(module: nn.Module, quantization: str, name: str) -> None:
+    """Round the module's own weights, not those of modules in it; errors tell its name."""
+    if isinstance(module, Linear | Experts):
+        try:
+            module.quantise(quantization)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
 
 class Embedding(nn.Module):

@@ -6,19 +6,24 @@ from typing import Any
 
 import psutil
 import torch
-from torch import nn
 
 from foveal.cache.store import resolve_index_dtype
 from foveal.config import ModelConfig
 from foveal.config.model import MLAConfig
-from foveal.models.decoder import Decoder, Options
+from foveal.kernels import QUANTIZATIONS
+from foveal.models.decoder import Decoder, Options, quantise_layer
 from foveal.models.gguf import open_gguf
-from foveal.models.names import checkpoint_tensors
+from foveal.models.names import checkpoint_parts, checkpoint_tensors, part_tensors
 from foveal.models.resolve import resolve_model
 from foveal.models.weights import Checkpoint, check, fill, open_safetensors
+from foveal.nn.linear import ExactLinear, Linear
 from foveal.nn.mla import FORMS
+from foveal.nn.moe import Experts
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+# Bytes of a quantised weight: a number, and of int4 its share of a scale and a low.
+_QUANTISED_BYTES = {"int8": 1.0, "int4": 0.5 + 4 / 32}
 
 
 def load_model(
@@ -28,6 +33,7 @@ def load_model(
     device: str | torch.device = "cpu",
     index_dtype: str | torch.dtype = "auto",
     mla_form: str = "auto",
+    quantization: str | None = None,
 ) -> Decoder:
     """Load a model with its weights, in evaluation mode.
 
@@ -36,6 +42,8 @@ def load_model(
         a GGUF file's quantised weights become float32, so that they are not rounded twice.
     index_dtype: how index keys are cached: "auto", "fp8", "int8", "bf16" or "float32", or such a torch dtype.
     mla_form: how latent attention is computed: "auto" (the cheapest by arithmetic), "expanded" or "absorbed".
+    quantization: "int8" or "int4" rounds the weights, part by part while they are read (see `Decoder.quantise`); None
+        leaves them as they are. For the CPU, in float32 and bfloat16.
 
     Raises ValueError for anything that cannot be loaded as asked, naming it: an unknown model, dtype, device or form, a
     setting for a part that the model does not have, a config that is not supported, tensors that are damaged, missing,
@@ -45,13 +53,29 @@ def load_model(
     checkpoint = open_checkpoint(path)
     options = Options(_dtype(dtype, checkpoint), dtype_name(index_dtype), mla_form)
     _check_options(options, checkpoint.config)
+    _check_quantization(quantization, options.dtype, target)
     with torch.device("meta"):  # shapes only, until it is known that everything fits
         decoder = Decoder(checkpoint.config, options)
     check(checkpoint_tensors(decoder), checkpoint.tensors)
-    _check_memory(decoder, target)
-    decoder.to_empty(device=target)
-    fill(checkpoint_tensors(decoder), checkpoint.tensors)
+    _check_memory(_needed_bytes(decoder, quantization), target)
+    if quantization is None:
+        decoder.to_empty(device=target)
+        fill(checkpoint_tensors(decoder), checkpoint.tensors)
+    else:
+        _fill_quantised(decoder, checkpoint, quantization)
     return decoder.eval()
+
+
+def _fill_quantised(decoder: Decoder, checkpoint: Checkpoint, quantization: str) -> None:
+    """Read and round one part of the model after the other, so that only one lies in memory unrounded."""
+    stored = {tensor.name: tensor for tensor in checkpoint.tensors}
+    for prefix, part in checkpoint_parts(decoder):
+        part.to_empty(device="cpu")
+        views = part_tensors(decoder, prefix, part)
+        fill(views, [stored[name] for name in views])
+        for name, module in part.named_modules(prefix=prefix):
+            quantise_layer(module, quantization, name)
+    decoder.quantise_head(quantization)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -114,8 +138,37 @@ def _device(wanted: str | torch.device) -> torch.device:
     return device
 
 
-def _check_memory(model: nn.Module, device: torch.device) -> None:
-    needed = sum(parameter.nbytes for parameter in model.parameters())
+def _check_quantization(quantization: str | None, dtype: torch.dtype, device: torch.device) -> None:
+    if quantization is None:
+        return
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, not {quantization!r}")
+    if device.type != "cpu":
+        raise ValueError(f"quantization {quantization!r} is for the CPU, not for {device}")
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"quantization {quantization!r} goes with dtype float32 or bfloat16, not {dtype_name(dtype)}")
+
+
+def _needed_bytes(decoder: Decoder, quantization: str | None) -> int:
+    """Of the weights, once loaded; while quantising, of the largest part unrounded besides."""
+    parameters = sum(parameter.nbytes for parameter in decoder.parameters())
+    if quantization is None:
+        return parameters
+    rounded = [
+        weight
+        for module in decoder.modules()
+        if isinstance(module, Linear | Experts) and not isinstance(module, ExactLinear)
+        for weight in ((module.weight,) if isinstance(module, Linear) else (module.gate_up_proj, module.down_proj))
+    ]
+    numbers = sum(weight.numel() for weight in rounded)
+    if decoder.config.tied_embeddings:
+        numbers += decoder.embed_tokens.weight.numel()
+    parts = (sum(parameter.nbytes for parameter in part.parameters()) for _, part in checkpoint_parts(decoder))
+    unrounded = sum(weight.nbytes for weight in rounded)
+    return parameters - unrounded + int(numbers * _QUANTISED_BYTES[quantization]) + max(parts)
+
+
+def _check_memory(needed: int, device: torch.device) -> None:
     available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > available:
         raise ValueError(f"the weights need {_size(needed)}, but only {_size(available)} of memory are available")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from foveal.config import WeightNames, weight_names
+from foveal.config import weight_names
 from foveal.config.model import GQAConfig, MambaConfig, MLAConfig, MLPConfig, MoEConfig
 from foveal.models.decoder import Block, Decoder, Layer
 from foveal.nn.linear import FusedLinear
@@ -21,19 +21,28 @@ def checkpoint_tensors(decoder: Decoder) -> dict[str, Tensor]:
 
     A fused parameter gives one view a part, stacked experts one view an expert. Works on the meta device too.
     """
-    names = weight_names(decoder.config.family)
     tensors: dict[str, Tensor] = {}
-    for prefix, module in _parts(decoder, names):
-        for name, view in _views(module, prefix):
-            for ours, theirs in names.renames:
-                name = name.replace(ours, theirs)
+    for prefix, part in checkpoint_parts(decoder):
+        for name, view in part_tensors(decoder, prefix, part).items():
             assert name not in tensors, name
             tensors[name] = view
     return tensors
 
 
-def _parts(decoder: Decoder, names: WeightNames) -> Iterator[tuple[str, nn.Module]]:
-    """The decoder's modules under the names that the family gives them."""
+def part_tensors(decoder: Decoder, prefix: str, part: nn.Module) -> dict[str, Tensor]:
+    """What `checkpoint_tensors` holds for one of the `checkpoint_parts`."""
+    tensors: dict[str, Tensor] = {}
+    for name, view in _views(part, prefix):
+        for ours, theirs in weight_names(decoder.config.family).renames:
+            name = name.replace(ours, theirs)
+        assert name not in tensors, name
+        tensors[name] = view
+    return tensors
+
+
+def checkpoint_parts(decoder: Decoder) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that together hold every parameter, under the names that the family gives them."""
+    names = weight_names(decoder.config.family)
     yield names.embedding, decoder.embed_tokens
     for index, (layer, blocks) in enumerate(zip(decoder.layers, decoder.config.layers, strict=True)):
         assert isinstance(layer, Layer)

@@ -8,7 +8,7 @@ from foveal.config.formats import index_key_bytes
 from foveal.config.model import IndexerConfig
 from foveal.kernels import KeySource, Queries, Rows, apply_rope, quantise_index, select
 from foveal.kernels.records import IndexKeyRecords
-from foveal.nn.linear import Linear
+from foveal.nn.linear import ExactLinear, Linear
 from foveal.nn.mla import gather_queries
 from foveal.nn.norm import LayerNorm
 from foveal.nn.step import Step
@@ -29,7 +29,7 @@ class Indexer(nn.Module):
         self.wq_b = Linear(config.query_dim, config.heads * config.head_dim, dtype=dtype)
         self.wk = Linear(hidden_size, config.head_dim, dtype=dtype)
         self.k_norm = LayerNorm(config.head_dim, config.norm_eps)
-        self.weights_proj = Linear(hidden_size, config.heads, dtype=torch.float32)
+        self.weights_proj = ExactLinear(hidden_size, config.heads, dtype=torch.float32)
 
     def forward(self, x_TD: Tensor, latent_TX: Tensor, step: Step, cache: BlockCache | None) -> Tensor | None:
         """The selection, int32 [T, topk]; None while no sequence of the batch is longer than topk.

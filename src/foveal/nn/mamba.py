@@ -7,7 +7,7 @@ from torch.nn.functional import silu, softplus
 from foveal.cache.layouts import BlockCache
 from foveal.config.model import MambaConfig
 from foveal.kernels import causal_conv, selective_scan
-from foveal.nn.linear import Linear
+from foveal.nn.linear import ExactLinear, Linear
 from foveal.nn.mixer import Mixer
 from foveal.nn.norm import RMSNorm
 from foveal.nn.step import Step
@@ -31,8 +31,8 @@ class Mamba(Mixer):
         inner, state, rank = config.inner, config.state, config.dt_rank
         self.in_proj = Linear(hidden_size, 2 * inner, bias=config.proj_bias, dtype=dtype)
         self.conv1d = Convolution(inner, config.conv, bias=config.conv_bias, dtype=dtype)
-        self.x_proj = Linear(inner, rank + 2 * state, dtype=dtype)
-        self.dt_proj = Linear(rank, inner, bias=True, dtype=dtype)
+        self.x_proj = ExactLinear(inner, rank + 2 * state, dtype=dtype)
+        self.dt_proj = ExactLinear(rank, inner, bias=True, dtype=dtype)
         self.A_log = nn.Parameter(torch.empty(inner, state, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(inner, dtype=torch.float32))
         self.out_proj = Linear(inner, hidden_size, bias=config.proj_bias, dtype=dtype)

@@ -20,7 +20,7 @@ from foveal.kernels import (
     linear,
     sparse_attention,
 )
-from foveal.nn.linear import Linear
+from foveal.nn.linear import ExactLinear, Linear
 from foveal.nn.mixer import Mixer
 from foveal.nn.norm import RMSNorm
 from foveal.nn.step import Step
@@ -157,7 +157,7 @@ class MLA(Mixer):
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-class UnpackedLinear(Linear):
+class UnpackedLinear(ExactLinear):
     """A linear layer whose weight is also read by itself (absorption), so it stays as it is."""
 
     def pack(self) -> None:

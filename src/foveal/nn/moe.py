@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from foveal.config.model import MoEConfig, RouterConfig
-from foveal.kernels import experts, pack_weight
+from foveal.kernels import QuantisedWeight, experts, pack_weight, quantise_weight
 from foveal.kernels.activation import ACTIVATIONS
 from foveal.nn.mlp import MLP
 
@@ -60,16 +60,24 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * hidden, hidden_size, dtype=dtype))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, hidden, dtype=dtype))
         self.activation = ACTIVATIONS[activation]
+        self.quantised: tuple[QuantisedWeight, QuantisedWeight] | None = None
         self._packed: tuple[list[Tensor], list[Tensor]] | None = None
 
     def forward(self, x_TD: Tensor, weights_TA: Tensor, chosen_TA: Tensor) -> Tensor:
         """[T, D] -> [T, D], the weighted sum over each token's experts."""
-        gate_up, down = self._packed or (self.gate_up_proj.unbind(0), self.down_proj.unbind(0))
+        gate_up, down = self.quantised or self._packed or (self.gate_up_proj, self.down_proj)
         return experts(x_TD, weights_TA, chosen_TA, gate_up, down, self.activation)
 
     def pack(self) -> None:
-        """Trade the stacked weights for packed ones, for inference."""
-        self._packed = [pack_weight(w) for w in self.gate_up_proj], [pack_weight(w) for w in self.down_proj]
+        """Trade the stacked weights for packed ones, for inference, unless compiled versions read them as they are."""
+        if self.quantised is None and experts.chosen() == "torch":
+            self._packed = [pack_weight(w) for w in self.gate_up_proj], [pack_weight(w) for w in self.down_proj]
+            del self.gate_up_proj, self.down_proj
+
+    def quantise(self, quantization: str) -> None:
+        """Replace the weights by their "int8" or "int4" form. Raises as `quantise_weight` does."""
+        gate_up = quantise_weight(self.gate_up_proj, quantization)
+        self.quantised = gate_up, quantise_weight(self.down_proj, quantization)
         del self.gate_up_proj, self.down_proj
 
 

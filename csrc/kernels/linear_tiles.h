@@ -1,0 +1,95 @@
+// Products of f32 and bf16 weights with many rows of activations: tiles of packed panels (common/tile.h).
+//
+// K_BLOCK words of N_PANELS panels of weights are packed into a part of L2 and meet all rows of activations of the item; one
+// panel of them, and a few rows of activations, lie in L1 meanwhile.
+#pragma once
+
+#include "kernels/linear_rows.h"
+
+namespace foveal::FOVEAL_ISA {
+
+constexpr int K_BLOCK = 512, N_PANELS = 4;
+constexpr int K_STRIDE = K_BLOCK + 16;  // rows that lie a power of two apart would share a set of L1
+
+// `n` words of one row of weights, then zeros up to a multiple of 2 width.
+FOVEAL_INLINE void row_words(const float* row, int64_t inputs, int64_t from, int n, Word* out) {
+  for (int i = 0; i < n; i += F32::width)
+    store(reinterpret_cast<float*>(out) + i, load_up_to(row + from + i, inputs - from - i));
+}
+FOVEAL_INLINE void row_words(const bf16* row, int64_t inputs, int64_t from, int n, Word* out) {
+  if (PAIRS) {
+    const int64_t left = inputs - 2 * from, copied = left < 2 * n ? left : 2 * n;
+    std::memset(out, 0, n * sizeof(Word));
+    std::memcpy(out, row + 2 * from, copied * sizeof(bf16));
+    return;
+  }
+  float* floats = reinterpret_cast<float*>(out);
+  for (int i = 0; i < n; i += 2 * F32::width) {
+    const Halves halves = split_up_to(row + from + i, inputs - from - i);
+    store(floats + i, halves.even);
+    store(floats + i + F32::width, halves.odd);
+  }
+}
+
+// out[c * out_stride + r] = in[r * in_stride + c] for 8 x 8 words.
+FOVEAL_INLINE void transpose8(const Word* in, int64_t in_stride, Word* out, int64_t out_stride) {
+#if defined(FOVEAL_AVX2) || defined(FOVEAL_AVX512)
+  __m256 row[8], pair[8];
+  for (int r = 0; r < 8; ++r) row[r] = _mm256_loadu_ps(reinterpret_cast<const float*>(in + r * in_stride));
+  for (int r = 0; r < 8; r += 2) {
+    pair[r] = _mm256_unpacklo_ps(row[r], row[r + 1]);
+    pair[r + 1] = _mm256_unpackhi_ps(row[r], row[r + 1]);
+  }
+  for (int r = 0; r < 8; r += 4) {
+    row[r] = _mm256_shuffle_ps(pair[r], pair[r + 2], 0x44);
+    row[r + 1] = _mm256_shuffle_ps(pair[r], pair[r + 2], 0xee);
+    row[r + 2] = _mm256_shuffle_ps(pair[r + 1], pair[r + 3], 0x44);
+    row[r + 3] = _mm256_shuffle_ps(pair[r + 1], pair[r + 3], 0xee);
+  }
+  for (int c = 0; c < 4; ++c) {
+    float* p = reinterpret_cast<float*>(out + c * out_stride);
+    _mm256_storeu_ps(p, _mm256_permute2f128_ps(row[c], row[c + 4], 0x20));
+    _mm256_storeu_ps(p + 4 * out_stride, _mm256_permute2f128_ps(row[c], row[c + 4], 0x31));
+  }
+#else
+  for (int c = 0; c < 8; ++c)
+    for (int r = 0; r < 8; ++r) out[c * out_stride + r] = in[r * in_stride + c];
+#endif
+}
+
+// Words [from, from + n) of `count` rows of weights as panels; rows that are lacking are zeros.
+template <class Number>
+void pack_panels(const Weight& weight, int64_t first, int64_t count, int64_t from, int n, Word* rows, Word* panels) {
+  for (int64_t p = 0; p < count; p += PANEL, panels += static_cast<int64_t>(n) * PANEL) {
+    for (int r = 0; r < PANEL; ++r) {
+      if (p + r < count)
+        row_words(static_cast<const Number*>(weight.values) + (first + p + r) * weight.inputs, weight.inputs, from, n,
+                  rows + r * K_STRIDE);
+      else
+        std::memset(rows + r * K_STRIDE, 0, n * sizeof(Word));
+    }
+    for (int w = 0; w < n; w += 8)
+      for (int r = 0; r < PANEL; r += 8) transpose8(rows + r * K_STRIDE + w, K_STRIDE, panels + w * PANEL + r, PANEL);
+  }
+}
+
+constexpr int64_t TILE_SCRATCH = static_cast<int64_t>(PANEL) * K_STRIDE + static_cast<int64_t>(K_BLOCK) * PANEL * N_PANELS;
+
+// As `product`; c has room for whole panels.
+template <class Number, class Dot>
+void tiles(const Weight& weight, const Activations& a, int64_t row, int64_t rows, int64_t first, int64_t count, float* c,
+           int64_t c_stride, Word* scratch) {
+  const Word* x = a.words + row * a.words_stride;
+  Word* panels = scratch + PANEL * K_STRIDE;
+  for (int64_t o = 0; o < count; o += PANEL * N_PANELS) {
+    const int64_t here = count - o < PANEL * N_PANELS ? count - o : PANEL * N_PANELS;
+    for (int64_t k = 0; k < a.words_stride; k += K_BLOCK) {
+      const int n = static_cast<int>(a.words_stride - k < K_BLOCK ? a.words_stride - k : K_BLOCK);
+      pack_panels<Number>(weight, first + o, here, k, n, scratch, panels);
+      multiply<Dot>(static_cast<int>(rows), static_cast<int>((here + PANEL - 1) / PANEL), n, x + k, a.words_stride, panels,
+                    c + o, c_stride, k > 0);
+    }
+  }
+}
+
+}  // namespace foveal::FOVEAL_ISA
