@@ -42,6 +42,7 @@ void add_instruction_set(nb::module_& parent, Isa isa, const char* name) {
   bind_quantise(module, isa);
   bind_rope(module, isa);
   bind_select(module, isa);
+  bind_sparse(module, isa);
 }
 
 }  // namespace

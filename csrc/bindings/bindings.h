@@ -39,5 +39,6 @@ void bind_peak(nb::module_& module, Isa isa);
 void bind_quantise(nb::module_& module, Isa isa);
 void bind_rope(nb::module_& module, Isa isa);
 void bind_select(nb::module_& module, Isa isa);
+void bind_sparse(nb::module_& module, Isa isa);
 
 }  // namespace foveal

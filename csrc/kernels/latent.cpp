@@ -12,12 +12,12 @@
 // Softmax: a column keeps a maximum and a sum. The maximum may lag behind the true one by LAG: only beyond that are out and
 // sum scaled down, which is seldom after the first tiles.
 //
-// Work is cut into blocks of columns, and where these are few, their keys into ranges whose results are put together
-// afterwards. The cut follows from the shape of the call, never from the number of threads, so results do not depend on it.
+// Work is cut into blocks of columns, and where these are few, their keys into ranges (common/ranges.h).
 #include "kernels/latent.h"
 
 #include "common/columns.h"
 #include "common/parallel.h"
+#include "common/ranges.h"
 #include "common/scratch.h"
 
 namespace foveal::FOVEAL_ISA {
@@ -25,15 +25,13 @@ namespace {
 
 constexpr int TILE = static_cast<int>(PAGE_SIZE);  // keys; a page, so that the rows of a dense tile lie in order
 constexpr int COLUMNS = 4 * PANEL;                 // of one block
-constexpr int CHUNK = 288;                         // words of q that stay in the level-one cache
-constexpr int64_t RANGE = 512;                     // keys: fewer are not worth another range
-constexpr int64_t ITEMS = 16;                      // blocks and ranges that are enough for all threads
+constexpr int CHUNK = 576;                         // words of q at a time: that many stay in the level-one cache
 constexpr int64_t LATENT_BLOCK = 128;              // numbers that share a scale, as in foveal/config/formats.py
 constexpr float LAG = 8.0f;                        // weights reach e^8
 constexpr float LOWEST = -1e30f;                   // below every score; minus itself it is 0, not NaN
 
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+// Words of a row in a tile: an odd number of cache lines, so that the rows do not compete for the same sets.
+int64_t odd_lines(int64_t words) { return (ceil_divide(words, 16) / 2 * 2 + 1) * 16; }
 
 // Columns that read the same keys. A column is (query row) * heads + head.
 struct Block {
@@ -49,15 +47,12 @@ struct State {
   float* sum;   // [COLUMNS]
 };
 
-template <class Dot>
 struct Worker {
-  using Number = typename Dot::Number;
-  Word* q;                 // panels [words, columns]
-  float* scores;           // [TILE, PANEL]
-  Word* weights;           // [TILE / Dot::numbers, PANEL]
-  Word* keys;              // [TILE, stride]
-  Word* values;            // pairs of keys, [TILE / 2, value_stride]; unused where a word is one number
-  const char* rows[2][TILE];  // of this tile and of the next
+  Word* q;        // panels [words, columns]
+  float* scores;  // [TILE, PANEL]; the weights where a word is a float
+  Word* keys;     // [TILE, stride]; the values too where a word is a float
+  Word* weights;  // where a word is a pair, of keys: [TILE / 2, PANEL]
+  Word* values;   // likewise: [TILE / 2, value_stride]
   State state;
 };
 
@@ -67,46 +62,50 @@ struct Tile {
   int value_words;
 };
 
+// Rows that the next tile will read.
+struct Prefetch {
+  const char* const* rows;
+  int count;
+};
+
 template <class Dot>
 class Attention {
  public:
-  explicit Attention(const LatentAttention& call) : call(call) {
-    words = static_cast<int>(ceil_divide(call.width, Dot::numbers));
-    // An odd number of cache lines, so that the keys of a tile do not compete for the same sets.
-    stride = ceil_divide(words, 16) * 16 + (ceil_divide(words, 16) % 2 ? 0 : 16);
-    value_stride = ceil_divide(call.rank, 16) * 16 + (ceil_divide(call.rank, 16) % 2 ? 0 : 16);
-    padded = ceil_divide(call.width, F32::width * Dot::numbers) * F32::width * Dot::numbers;
-  }
+  explicit Attention(const LatentAttention& call)
+      : call(call),
+        words(static_cast<int>(ceil_divide(call.width, Dot::numbers))),
+        stride(odd_lines(words)),
+        value_stride(Dot::numbers == 1 ? 0 : odd_lines(call.rank)) {}
 
-  void run();
+  void run() const;
 
  private:
   using Number = typename Dot::Number;
 
   int64_t blocks_of(int64_t sequence) const;
   void fill_blocks(Block* blocks) const;
-  int64_t selected(int64_t query) const;
   int64_t state_bytes() const;
   State take_state(Scratch& scratch) const;
   int64_t worker_bytes() const;
-  Worker<Dot> take_worker(Scratch& scratch) const;
+  Worker take_worker(Scratch& scratch) const;
 
-  void attend(const Block& block, int64_t start, int64_t stop, Worker<Dot>& worker, State state) const;
+  void attend(const Block& block, int64_t start, int64_t stop, Worker& worker, State state) const;
+  bool count_visible(const Block& block, int64_t start, int count, int* visible) const;
   void pack_queries(const Block& block, Word* panels) const;
   int locate(const Block& block, int64_t start, int64_t stop, const char** rows) const;
-  Tile load_tile(const char* const* rows, int count, Worker<Dot>& worker) const;
+  Tile load_tile(const char* const* rows, int count, Worker& worker) const;
   void read_row(const char* row, Number* out) const;
   template <int N>
-  void attend_tile(const Tile& tile, const Word* q, Worker<Dot>& worker, State state, const int* visible, bool first,
-                   const char* const* next, int next_count) const;
+  void attend_tile(const Tile& tile, const Word* q, Worker& worker, State state, const int* visible, bool first,
+                   Prefetch prefetch) const;
   template <int N>
-  void weigh(const Tile& tile, Worker<Dot>& worker, State state, const int* visible, bool first) const;
+  void weigh(const Tile& tile, Worker& worker, State state, const int* visible, bool first) const;
   void combine(const Block& block, const State* states, int64_t count) const;
   void write(const Block& block, State state) const;
 
   const LatentAttention& call;
-  int words;
-  int64_t stride, value_stride, padded;
+  const int words;
+  const int64_t stride, value_stride;
 };
 
 // ---- the cut into blocks and ranges ----
@@ -115,20 +114,6 @@ template <class Dot>
 int64_t Attention<Dot>::blocks_of(int64_t s) const {
   const int64_t queries = call.sequences.query_offsets[s + 1] - call.sequences.query_offsets[s];
   return call.selection ? queries * ceil_divide(call.heads, COLUMNS) : ceil_divide(queries * call.heads, COLUMNS);
-}
-
-template <class Dot>
-int64_t Attention<Dot>::selected(int64_t query) const {
-  const int32_t* selection = call.selection + query * call.topk;
-  int64_t low = 0, high = call.topk;  // -1 stands last
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (selection[middle] < 0)
-      high = middle;
-    else
-      low = middle + 1;
-  }
-  return low;
 }
 
 template <class Dot>
@@ -141,7 +126,7 @@ void Attention<Dot>::fill_blocks(Block* blocks) const {
       const int64_t end = call.selection ? (query + 1) * call.heads : stop;
       const int columns = static_cast<int>(least(COLUMNS, end - column));
       const int64_t last = (column + columns - 1) / call.heads;
-      const int64_t keys = call.selection ? selected(query) : sequences.first_positions[s] + last - first + 1;
+      const int64_t keys = call.selection ? selected(call.selection + query * call.topk, call.topk) : sequences.first_positions[s] + last - first + 1;
       *blocks++ = {s, column, columns, keys};
       column += columns;
     }
@@ -149,46 +134,39 @@ void Attention<Dot>::fill_blocks(Block* blocks) const {
 }
 
 template <class Dot>
-void Attention<Dot>::run() {
+void Attention<Dot>::run() const {
   int64_t count = 0;
   for (int64_t s = 0; s < call.sequences.count; ++s) count += blocks_of(s);
   if (!count) return;
   Scratch block_memory(Scratch::rounded(count * sizeof(Block)));
   Block* blocks = block_memory.take<Block>(count);
   fill_blocks(blocks);
-  int64_t most_keys = 0;
-  for (int64_t b = 0; b < count; ++b) most_keys = blocks[b].keys > most_keys ? blocks[b].keys : most_keys;
-  const int64_t wanted = ITEMS / count;  // ranges of a block
-  int64_t range = most_keys ? ceil_divide(most_keys, TILE) * TILE : TILE;
-  if (wanted > 1) range = least(range, ceil_divide(ceil_divide(most_keys, wanted), TILE) * TILE);
-  if (range < RANGE) range = RANGE;
-  const int64_t ranges = most_keys ? ceil_divide(most_keys, range) : 1;
-  const int64_t items = count * ranges;
+  int64_t longest = 0;
+  for (int64_t b = 0; b < count; ++b) longest = blocks[b].keys > longest ? blocks[b].keys : longest;
+  const Ranges ranges = cut(count, longest, TILE);
+  const int64_t items = count * ranges.count;
 
   const int threads = static_cast<int>(least(call.threads, items));
-  Scratch memory(threads * worker_bytes() + (ranges > 1 ? items * state_bytes() : 0) +
-                 Scratch::rounded(threads * sizeof(Worker<Dot>)) + Scratch::rounded(items * sizeof(State)));
-  Worker<Dot>* workers = memory.take<Worker<Dot>>(threads);
-  State* states = memory.take<State>(items);
+  const int64_t states_bytes = ranges.count > 1 ? items * (state_bytes() + Scratch::rounded(sizeof(State))) : 0;
+  Scratch memory(threads * (worker_bytes() + Scratch::rounded(sizeof(Worker))) + states_bytes);
+  Worker* workers = memory.take<Worker>(threads);
   for (int thread = 0; thread < threads; ++thread) workers[thread] = take_worker(memory);
-  if (ranges > 1)
-    for (int64_t item = 0; item < items; ++item) states[item] = take_state(memory);
+  State* states = ranges.count > 1 ? memory.take<State>(items) : nullptr;
+  for (int64_t item = 0; states && item < items; ++item) states[item] = take_state(memory);
 
   auto attend_item = [&](int item, int thread) {
-    const Block& block = blocks[item / ranges];
-    const int64_t start = item % ranges * range;
-    if (start >= block.keys && start > 0) return;
-    Worker<Dot>& worker = workers[thread];
-    const State state = ranges > 1 ? states[item] : worker.state;
-    attend(block, start, least(start + range, block.keys), worker, state);
-    if (ranges == 1) write(block, state);
+    const Block& block = blocks[item / ranges.count];
+    const int64_t start = item % ranges.count * ranges.keys;
+    if (start && start >= block.keys) return;
+    const State state = states ? states[item] : workers[thread].state;
+    attend(block, start, least(start + ranges.keys, block.keys), workers[thread], state);
+    if (!states) write(block, state);
   };
   parallel(threads, static_cast<int>(items), attend_item);
-  if (ranges == 1) return;
+  if (!states) return;
   auto combine_item = [&](int item, int) {
-    const int64_t used = ceil_divide(blocks[item].keys, range);
-    combine(blocks[item], states + item * ranges, used);
-    write(blocks[item], states[item * ranges]);
+    combine(blocks[item], states + item * ranges.count, ranges.used(blocks[item].keys));
+    write(blocks[item], states[item * ranges.count]);
   };
   parallel(threads, static_cast<int>(count), combine_item);
 }
@@ -209,17 +187,18 @@ State Attention<Dot>::take_state(Scratch& scratch) const {
 
 template <class Dot>
 int64_t Attention<Dot>::worker_bytes() const {
-  return Scratch::rounded(int64_t{words} * COLUMNS * 4) + 2 * Scratch::rounded(TILE * PANEL * 4) +
-         Scratch::rounded(TILE * stride * 4) + Scratch::rounded(TILE / 2 * value_stride * 4) + state_bytes();
+  return Scratch::rounded(int64_t{words} * COLUMNS * 4) + Scratch::rounded(TILE * PANEL * 4) +
+         Scratch::rounded(TILE * stride * 4) + Scratch::rounded(TILE / 2 * PANEL * 4) +
+         Scratch::rounded(TILE / 2 * value_stride * 4) + state_bytes();
 }
 
 template <class Dot>
-Worker<Dot> Attention<Dot>::take_worker(Scratch& scratch) const {
-  Worker<Dot> worker;
+Worker Attention<Dot>::take_worker(Scratch& scratch) const {
+  Worker worker;
   worker.q = scratch.take<Word>(int64_t{words} * COLUMNS);
   worker.scores = scratch.take<float>(TILE * PANEL);
-  worker.weights = scratch.take<Word>(TILE * PANEL);
   worker.keys = scratch.take<Word>(TILE * stride);
+  worker.weights = scratch.take<Word>(TILE / 2 * PANEL);
   worker.values = scratch.take<Word>(TILE / 2 * value_stride);
   worker.state = take_state(scratch);
   return worker;
@@ -228,40 +207,42 @@ Worker<Dot> Attention<Dot>::take_worker(Scratch& scratch) const {
 // ---- one block over one range ----
 
 template <class Dot>
-void Attention<Dot>::attend(
-    const Block& block, int64_t start, int64_t stop, Worker<Dot>& worker, State state) const {
+void Attention<Dot>::attend(const Block& block, int64_t start, int64_t stop, Worker& worker, State state) const {
   pack_queries(block, worker.q);
   for (int c = 0; c < COLUMNS; ++c) state.most[c] = LOWEST, state.sum[c] = 0.0f;
-  int next_count = locate(block, start, stop, worker.rows[0]);
-  int now = 0;
-  for (int64_t position = start; position < stop; position += TILE, now ^= 1) {
-    const int count = next_count;
-    next_count = locate(block, position + count, stop, worker.rows[now ^ 1]);
-    const Tile tile = load_tile(worker.rows[now], count, worker);
-    // How many keys of this tile each column sees.
+  const char* rows[2][TILE];  // of this tile and of the next
+  int count = locate(block, start, stop, rows[0]);
+  bool first = true;
+  for (int now = 0; count; start += TILE, now ^= 1, first = false) {
+    const int next = locate(block, start + TILE, stop, rows[now ^ 1]);
+    const Tile tile = load_tile(rows[now], count, worker);
     int visible[COLUMNS];
-    bool all = true;
-    if (!call.selection) {
-      const Sequences& sequences = call.sequences;
-      const int64_t own = sequences.first_positions[block.sequence] - sequences.query_offsets[block.sequence];
-      for (int c = 0; c < COLUMNS; ++c) {
-        const int64_t column = block.column + (c < block.columns ? c : block.columns - 1);
-        const int64_t seen = own + column / call.heads + 1 - position;
-        visible[c] = static_cast<int>(seen < 0 ? 0 : least(seen, count));
-        all = all && visible[c] == count;
-      }
-    }
+    const bool all = count_visible(block, start, count, visible);
     for (int c = 0; c < block.columns; c += PANEL) {
       const State panel = {state.out + c * call.rank, state.most + c, state.sum + c};
       const Word* q = worker.q + int64_t{c} * words;
-      const int* seen = all ? nullptr : visible + c;
-      const int prefetched = c ? 0 : next_count;
+      const Prefetch prefetch = {rows[now ^ 1], c ? 0 : next};
       if (block.columns - c > F32::width)
-        attend_tile<COLUMN_REGISTERS>(tile, q, worker, panel, seen, position == start, worker.rows[now ^ 1], prefetched);
+        attend_tile<COLUMN_REGISTERS>(tile, q, worker, panel, all ? nullptr : visible + c, first, prefetch);
       else
-        attend_tile<1>(tile, q, worker, panel, seen, position == start, worker.rows[now ^ 1], prefetched);
+        attend_tile<1>(tile, q, worker, panel, all ? nullptr : visible + c, first, prefetch);
     }
+    count = next;
   }
+}
+
+// How many keys of the tile that begins at position `start` each column sees; true: every column sees all.
+template <class Dot>
+bool Attention<Dot>::count_visible(const Block& block, int64_t start, int count, int* visible) const {
+  if (call.selection) return true;
+  const int64_t s = block.sequence;
+  const int64_t seen = call.sequences.first_positions[s] - call.sequences.query_offsets[s] + 1 - start;  // by query 0
+  if (seen + block.column / call.heads >= count) return true;
+  for (int c = 0; c < COLUMNS; ++c) {
+    const int64_t query = (block.column + least(c, block.columns - 1)) / call.heads;
+    visible[c] = seen + query < 0 ? 0 : static_cast<int>(least(seen + query, count));
+  }
+  return false;
 }
 
 // Columns past the block's last are zero.
@@ -289,20 +270,18 @@ void Attention<Dot>::pack_queries(const Block& block, Word* panels) const {
   }
 }
 
-// Where the rows of a tile that begins at position (or entry) `start` are; how many it has.
+// Where the rows of the tile are that begins at position (or entry) `start`; how many it has.
 template <class Dot>
 int Attention<Dot>::locate(const Block& block, int64_t start, int64_t stop, const char** rows) const {
-  const int count = static_cast<int>(least(TILE, stop - start));
+  const int count = start < stop ? static_cast<int>(least(TILE, stop - start)) : 0;
   const int32_t* entries = call.selection ? call.selection + block.column / call.heads * call.topk + start : nullptr;
-  for (int i = 0; i < count; ++i) {
-    const int64_t row = call.sequences.row(block.sequence, entries ? entries[i] : start + i);
-    rows[i] = call.rows + row * call.row_bytes;
-  }
-  return count < 0 ? 0 : count;
+  for (int i = 0; i < count; ++i)
+    rows[i] = call.rows + call.sequences.row(block.sequence, entries ? entries[i] : start + i) * call.row_bytes;
+  return count;
 }
 
 template <class Dot>
-Tile Attention<Dot>::load_tile(const char* const* rows, int count, Worker<Dot>& worker) const {
+Tile Attention<Dot>::load_tile(const char* const* rows, int count, Worker& worker) const {
   if (Dot::numbers == 1 && call.row_format == Format::f32 && !call.selection && call.row_bytes % 4 == 0) {
     const Word* first = reinterpret_cast<const Word*>(rows[0]);
     return {count, {first, call.row_bytes / 4, 1}, {first, 1, call.row_bytes / 4}, count};
@@ -354,15 +333,15 @@ void Attention<Dot>::read_row(const char* row, Number* out) const {
 
 template <class Dot>
 template <int N>
-void Attention<Dot>::attend_tile(const Tile& tile, const Word* q, Worker<Dot>& worker, State state, const int* visible,
-                                 bool first, const char* const* next, int next_count) const {
+void Attention<Dot>::attend_tile(const Tile& tile, const Word* q, Worker& worker, State state, const int* visible,
+                                 bool first, Prefetch prefetch) const {
   constexpr int columns = N * F32::width, step = 2 * block_rows<N>();
   for (int w = 0; w < words; w += CHUNK) {
     const int chunk = words - w < CHUNK ? words - w : CHUNK;
     for (int row = 0; row < tile.count; row += step) {
       if (w == 0)
-        for (int i = row; i < row + step && i < next_count; ++i)
-          for (int64_t byte = 0; byte < call.row_bytes; byte += 64) __builtin_prefetch(next[i] + byte, 0, 2);
+        for (int i = row; i < row + step && i < prefetch.count; ++i)
+          for (int64_t byte = 0; byte < call.row_bytes; byte += 64) __builtin_prefetch(prefetch.rows[i] + byte, 0, 2);
       const Left keys = {tile.keys.words + row * tile.keys.row_step + w, tile.keys.row_step, 1};
       const int rows = tile.count - row < step ? tile.count - row : step;
       multiply_columns<Dot, N>(keys, rows, q + w * columns, chunk, worker.scores + row * columns, w > 0);
@@ -374,29 +353,34 @@ void Attention<Dot>::attend_tile(const Tile& tile, const Word* q, Worker<Dot>& w
   multiply_columns<Dot, N>(tile.values, rank, weights, tile.value_words, state.out, !first);
 }
 
+FOVEAL_INLINE F32 load_counts(const int* counts) {
+  float numbers[F32::width];
+  for (int i = 0; i < F32::width; ++i) numbers[i] = static_cast<float>(counts[i]);
+  return load(numbers);
+}
+
+// -inf where only `seen` <= j keys are seen, so that key j is not, otherwise 0.
+FOVEAL_INLINE F32 hidden(F32 seen, int j) {
+  return where_at_least(zero() - seen, static_cast<float>(-j), set1(-__builtin_inff()));
+}
+
 // Turns scores into weights, and brings maximum, sum and out up to date.
 template <class Dot>
 template <int N>
-void Attention<Dot>::weigh(const Tile& tile, Worker<Dot>& worker, State state, const int* visible, bool first) const {
+void Attention<Dot>::weigh(const Tile& tile, Worker& worker, State state, const int* visible, bool first) const {
   constexpr int columns = N * F32::width;
   for (int n = 0; n < N; ++n) {
     float* scores = worker.scores + n * F32::width;
-    float seen[F32::width], unseen[F32::width];
-    if (visible)
-      for (int i = 0; i < F32::width; ++i) {
-        seen[i] = static_cast<float>(visible[n * F32::width + i]);
-        unseen[i] = -seen[i];
-      }
+    F32 seen = zero();
+    if (visible) seen = load_counts(visible + n * F32::width);
     F32 most = set1(LOWEST);
     for (int j = 0; j < tile.count; ++j) {
       F32 score = load(scores + j * columns) * set1(call.scale);
-      if (visible)
-        score = where_at_least(load(seen), static_cast<float>(j + 1), score) +
-                where_at_least(load(unseen), static_cast<float>(-j), set1(-__builtin_inff()));
+      if (visible) score = where_at_least(seen, static_cast<float>(j + 1), score) + hidden(seen, j);
       most = max(most, score);
       store(scores + j * columns, score);
     }
-    F32 running = load(state.most + n * F32::width), sum = load(state.sum + n * F32::width);
+    F32 running = load(state.most + n * F32::width), before = load(state.sum + n * F32::width);
     if (first) {
       running = most;
     } else if (maximum(most - running) > LAG) {
@@ -406,10 +390,11 @@ void Attention<Dot>::weigh(const Tile& tile, Worker<Dot>& worker, State state, c
         float* out = state.out + v * columns + n * F32::width;
         store(out, load(out) * shrink);
       }
-      sum = sum * shrink;
+      before = before * shrink;
       running = higher;
     }
     store(state.most + n * F32::width, running);
+    F32 sum = zero();  // of this tile first, which rounds less
     if constexpr (Dot::numbers == 1) {
       for (int j = 0; j < tile.count; ++j) {
         const F32 weight = exp(load(scores + j * columns) - running);
@@ -427,7 +412,7 @@ void Attention<Dot>::weigh(const Tile& tile, Worker<Dot>& worker, State state, c
       }
     }
 #endif
-    store(state.sum + n * F32::width, sum);
+    store(state.sum + n * F32::width, before + sum);
   }
 }
 

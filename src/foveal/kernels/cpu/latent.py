@@ -11,7 +11,8 @@ from foveal.kernels.cpu.places import sequence_arguments
 from foveal.kernels.keys import Columns, KeySource, OneHead, Queries, Rows
 from foveal.kernels.records import LatentRecords
 
-_DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16)
+"""Of queries, which the rows are read as."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def latent_rows(keys: KeySource, values: KeySource) -> LatentRows | None:
     if values.records.records is not records or values.contexts is not keys.contexts:
         return None
     stored = records.records
-    if isinstance(stored, Rows) and stored.values.dim() == 2 and stored.values.stride(1) == 1:
+    if isinstance(stored, Rows) and stored.values.dim() == 2:
         return LatentRows(stored.values, FORMATS.get(stored.values.dtype, -1), stored.values.dtype)
     if (
         isinstance(stored, LatentRecords)
@@ -43,42 +44,24 @@ def latent_rows(keys: KeySource, values: KeySource) -> LatentRows | None:
     return None
 
 
-def accepts_latent(
-    q_THP: Tensor,
-    keys: KeySource,
-    values: KeySource,
-    queries: Queries,
-    *,
-    scale: float,
-    window: int | None = None,
-    selection_TK: Tensor | None = None,
-) -> bool:
-    """Whether `latent_attention` serves these arguments of `attention`: absorbed MLA in float32 or bfloat16, without a
-    window and without a mask."""
-    return window is None and selection_TK is None and serves(q_THP, latent_rows(keys, values))
+def accepts_latent(q_THP: Tensor, keys: KeySource, values: KeySource, queries: Queries, *, scale: float) -> bool:
+    """Whether `latent_attention` serves these arguments of `attention`, where there are no others: absorbed MLA in
+    float32 or bfloat16."""
+    return serves(q_THP, latent_rows(keys, values))
 
 
 def serves(q_THP: Tensor, latents: LatentRows | None) -> bool:
     """Whether the kernel can read these rows for these queries."""
-    if latents is None or q_THP.dtype not in _DTYPES or q_THP.dtype != latents.dtype:
+    if latents is None or q_THP.dtype not in DTYPES or q_THP.dtype != latents.dtype or latents.rows.stride(1) != 1:
         return False
     return not (latents.rows.requires_grad and torch.is_grad_enabled())
 
 
 def latent_attention(
-    kernels: Kernels,
-    q_THP: Tensor,
-    keys: KeySource,
-    values: KeySource,
-    queries: Queries,
-    *,
-    scale: float,
-    window: int | None = None,
-    selection_TK: Tensor | None = None,
+    kernels: Kernels, q_THP: Tensor, keys: KeySource, values: KeySource, queries: Queries, *, scale: float
 ) -> Tensor:
     """`attention` for arguments that `accepts_latent` takes. Raises ValueError where shapes do not fit or a page table
     names a page that is not there."""
-    assert window is None and selection_TK is None
     return run(kernels, q_THP, keys, values, None, queries, scale)
 
 
@@ -96,7 +79,8 @@ def run(
     assert latents is not None and isinstance(values.records, Columns)
     tokens, heads, width = q_THP.shape
     rank, rows = values.records.count, latents.rows
-    _check(tokens, width, rank, latents, queries)
+    check_queries(tokens, queries)
+    _check_widths(width, rank, rows)
     q_THP = q_THP.contiguous()
     out_THV = torch.empty(tokens, heads, rank, dtype=q_THP.dtype)
     kernels.run.latent_attention(
@@ -110,11 +94,15 @@ def run(
     return out_THV
 
 
-def _check(tokens: int, width: int, rank: int, latents: LatentRows, queries: Queries) -> None:
+def check_queries(tokens: int, queries: Queries) -> None:
+    """Raise ValueError unless the sequences own all rows of q."""
     if queries.offsets[0] != 0 or queries.offsets[-1] != tokens:
         raise ValueError(f"q has {tokens} rows, but its sequences own rows {queries.offsets}")
-    fp8 = latents.rows.dtype == torch.uint8
+
+
+def _check_widths(width: int, rank: int, rows: Tensor) -> None:
+    fp8 = rows.dtype == torch.uint8
     expected = latent_bytes(rank, width - rank, "fp8") if fp8 else width
-    if rank > width or latents.rows.shape[1] != expected:
+    if rank > width or rows.shape[1] != expected:
         what = f"queries are {width} wide and values {rank}"
-        raise ValueError(f"{what}: latent rows need {expected} numbers, not {latents.rows.shape[1]}")
+        raise ValueError(f"{what}: latent rows need {expected} numbers, not {rows.shape[1]}")

@@ -1,18 +1,36 @@
-"""Attention over a selection (csrc/kernels/latent.cpp)."""
+"""Attention over a selection: absorbed MLA (csrc/kernels/latent.cpp) and grouped queries (csrc/kernels/sparse.cpp)."""
 
 import torch
 from torch import Tensor
 
 from foveal.kernels.cpu import latent
-from foveal.kernels.cpu.library import Kernels, compiled
-from foveal.kernels.keys import KeySource, Queries
+from foveal.kernels.cpu.library import FORMATS, Kernels, address, compiled
+from foveal.kernels.cpu.places import sequence_arguments
+from foveal.kernels.keys import KeySource, Queries, Rows
 from foveal.kernels.sparse import sparse_attention
 
 
 def _accepts(
     q_THP: Tensor, keys: KeySource, values: KeySource, selection_TK: Tensor, queries: Queries, *, scale: float
 ) -> bool:
-    return selection_TK.dtype == torch.int32 and latent.serves(q_THP, latent.latent_rows(keys, values))
+    if selection_TK.dtype != torch.int32:
+        return False
+    return latent.serves(q_THP, latent.latent_rows(keys, values)) or _serves_groups(q_THP, keys, values)
+
+
+def _serves_groups(q_THP: Tensor, keys: KeySource, values: KeySource) -> bool:
+    """Whether these are keys and values by head, in the queries' dtype, that the kernel can read."""
+    if values.contexts is not keys.contexts or q_THP.dtype not in latent.DTYPES:
+        return False
+    for source in (keys, values):
+        if not isinstance(source.records, Rows):
+            return False
+        rows_RGP = source.records.values
+        if rows_RGP.dim() != 3 or rows_RGP.dtype != q_THP.dtype or not rows_RGP.is_contiguous():
+            return False
+        if rows_RGP.requires_grad and torch.is_grad_enabled():
+            return False
+    return True
 
 
 @compiled(sparse_attention, _accepts)
@@ -28,4 +46,34 @@ def _sparse_attention(
 ) -> Tensor:
     if selection_TK.dim() != 2 or selection_TK.shape[0] != q_THP.shape[0]:
         raise ValueError(f"selection has shape {tuple(selection_TK.shape)} for {q_THP.shape[0]} queries")
-    return latent.run(kernels, q_THP, keys, values, selection_TK.contiguous(), queries, scale)
+    selection_TK = selection_TK.contiguous()
+    if latent.latent_rows(keys, values):
+        return latent.run(kernels, q_THP, keys, values, selection_TK, queries, scale)
+    return _grouped(kernels, q_THP.contiguous(), keys, values, selection_TK, queries, scale)
+
+
+def _grouped(
+    kernels: Kernels,
+    q_THP: Tensor,
+    keys: KeySource,
+    values: KeySource,
+    selection_TK: Tensor,
+    queries: Queries,
+    scale: float,
+) -> Tensor:
+    assert isinstance(keys.records, Rows) and isinstance(values.records, Rows)
+    k_RGP, v_RGV = keys.records.values, values.records.values
+    tokens, heads, width = q_THP.shape
+    rows, groups, value_width = v_RGV.shape
+    latent.check_queries(tokens, queries)
+    if k_RGP.shape != (rows, groups, width) or heads % groups:
+        shapes = f"q {tuple(q_THP.shape)}, keys {tuple(k_RGP.shape)}, values {tuple(v_RGV.shape)}"
+        raise ValueError(f"shapes that do not belong together: {shapes}")
+    out_THV = torch.empty(tokens, heads, value_width, dtype=q_THP.dtype)
+    kernels.run.sparse_attention(
+        *(address(q_THP), address(k_RGP), address(v_RGV), address(out_THV), FORMATS[q_THP.dtype]),
+        *(rows, heads, groups, width, value_width, scale),
+        *sequence_arguments(queries, keys.contexts),
+        *(address(selection_TK), selection_TK.shape[1], torch.get_num_threads()),
+    )
+    return out_THV
