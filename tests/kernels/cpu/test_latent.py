@@ -102,15 +102,17 @@ def test_long_selections(isa: str, topk: int) -> None:
 
 
 @each_isa
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_call(isa: str, data: st.DataObject) -> None:
     """Whatever the cases above leave out."""
     counts = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))
     lengths = [count + data.draw(st.integers(0, 150)) for count in counts]
-    shape = data.draw(st.tuples(st.integers(1, 40), st.integers(1, 150), st.integers(0, 20)))
+    name, heads, rope = data.draw(st.tuples(st.sampled_from(FORMATS), st.integers(1, 40), st.integers(0, 20)))
+    rank = data.draw(st.integers(1, 150))
+    rank += -rank % 4 if name == "fp8" else 0  # torch, which writes the records, wants aligned scales
     torch.manual_seed(data.draw(st.integers(0, 1000)))
-    check(isa, counts, lengths, shape, data.draw(st.sampled_from(FORMATS)), data.draw(st.sampled_from([None, 1, 90])))
+    check(isa, counts, lengths, (heads, rank, rope), name, data.draw(st.sampled_from([None, 1, 90])))
 
 
 @each_isa

@@ -65,7 +65,7 @@ def test_long_selections(isa: str, k: int) -> None:
 
 
 @each_isa
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_call(isa: str, data: st.DataObject) -> None:
     """Whatever the cases above leave out."""
