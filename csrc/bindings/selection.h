@@ -13,10 +13,12 @@ inline void check_selection(const Sequences& sequences, const int32_t* selection
       for (int64_t k = 0; k < topk; ++k) {
         if (0 <= chosen[k] && chosen[k] < sequences.lengths[s] && (k == 0 || chosen[k - 1] >= 0)) continue;
         if (chosen[k] == -1) continue;
-        const std::string who = "the selection of query " + std::to_string(query) + " has position " + std::to_string(chosen[k]);
-        const std::string message = 0 <= chosen[k] && chosen[k] < sequences.lengths[s]
-                                        ? who + " after a -1"
-                                        : who + ", but its sequence has " + std::to_string(sequences.lengths[s]) + " keys";
+        std::string message = "the selection of query " + std::to_string(query);
+        message += " has position " + std::to_string(chosen[k]);
+        if (0 <= chosen[k] && chosen[k] < sequences.lengths[s])
+          message += " after a -1";
+        else
+          message += ", but its sequence has " + std::to_string(sequences.lengths[s]) + " keys";
         throw nb::value_error(message.c_str());
       }
     }

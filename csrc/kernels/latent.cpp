@@ -4,13 +4,13 @@
 //   scores[key, column]   =  keys[key, word]       . q[word, column]
 //   out[value, column]   +=  keys^T[value, key]    . exp(scores - maximum)[key, column]
 // The tile is gathered once into words that the products broadcast (floats; pairs of bf16 where the machine multiplies
-// those), 144 KiB for DeepSeek-V3 in float, and serves up to COLUMNS columns: one query's heads over a selection, heads of
-// several queries of a sequence otherwise. It stays in the level-two cache while the panels of q (36 KiB each) and out
-// (32 KiB) pass by, CHUNK words of q at a time in the level-one cache. Rows that are floats already and lie in order are
-// read where they are. The next tile's rows are prefetched while the first panel is multiplied.
+// those), 144 KiB for DeepSeek-V3 in float, and serves up to COLUMNS columns: one query's heads over a selection, heads
+// of several queries of a sequence otherwise. It stays in the level-two cache while the panels of q and out (36 and 32
+// KiB for 16 columns) pass by. Rows that are floats already and lie in order are read where they are. The next tile's rows
+// are prefetched while the first panel is multiplied.
 //
-// Softmax: a column keeps a maximum and a sum. The maximum may lag behind the true one by LAG: only beyond that are out and
-// sum scaled down, which is seldom after the first tiles.
+// Softmax: a column keeps a maximum and a sum. The maximum may lag behind the true one by LAG: only beyond that are out
+// and sum scaled down, which is seldom after the first tiles.
 //
 // Work is cut into blocks of columns, and where these are few, their keys into ranges (common/ranges.h).
 #include "kernels/latent.h"
@@ -25,7 +25,6 @@ namespace {
 
 constexpr int TILE = static_cast<int>(PAGE_SIZE);  // keys; a page, so that the rows of a dense tile lie in order
 constexpr int COLUMNS = 4 * PANEL;                 // of one block
-constexpr int CHUNK = 576;                         // words of q at a time: that many stay in the level-one cache
 constexpr int64_t LATENT_BLOCK = 128;              // numbers that share a scale, as in foveal/config/formats.py
 constexpr float LAG = 8.0f;                        // weights reach e^8
 constexpr float LOWEST = -1e30f;                   // below every score; minus itself it is 0, not NaN
@@ -126,7 +125,8 @@ void Attention<Dot>::fill_blocks(Block* blocks) const {
       const int64_t end = call.selection ? (query + 1) * call.heads : stop;
       const int columns = static_cast<int>(least(COLUMNS, end - column));
       const int64_t last = (column + columns - 1) / call.heads;
-      const int64_t keys = call.selection ? selected(call.selection + query * call.topk, call.topk) : sequences.first_positions[s] + last - first + 1;
+      const int64_t keys = call.selection ? selected(call.selection + query * call.topk, call.topk)
+                                          : sequences.first_positions[s] + last - first + 1;
       *blocks++ = {s, column, columns, keys};
       column += columns;
     }
@@ -308,7 +308,8 @@ FOVEAL_INLINE void convert(const char* from, int64_t count, float scale, To* to)
   const From* x = reinterpret_cast<const From*>(from);
   int64_t i = 0;
   for (; i + F32::width <= count; i += F32::width) store(to + i, load(x + i) * set1(scale));
-  if (i < count) store_partial(to + i, load_partial(x + i, static_cast<int>(count - i)) * set1(scale), static_cast<int>(count - i));
+  const int rest = static_cast<int>(count - i);
+  if (rest) store_partial(to + i, load_partial(x + i, rest) * set1(scale), rest);
 }
 
 template <class Dot>
@@ -326,7 +327,8 @@ void Attention<Dot>::read_row(const char* row, Number* out) const {
   for (int64_t b = 0; b < blocks; ++b) {
     float scale;
     std::memcpy(&scale, row + call.rank + 4 * b, 4);
-    convert<e4m3>(row + b * LATENT_BLOCK, least(LATENT_BLOCK, call.rank - b * LATENT_BLOCK), scale, out + b * LATENT_BLOCK);
+    const int64_t first = b * LATENT_BLOCK;
+    convert<e4m3>(row + first, least(LATENT_BLOCK, call.rank - first), scale, out + first);
   }
   convert<bf16>(row + call.rank + 4 * blocks, call.width - call.rank, 1.0f, out + call.rank);
 }
@@ -336,16 +338,13 @@ template <int N>
 void Attention<Dot>::attend_tile(const Tile& tile, const Word* q, Worker& worker, State state, const int* visible,
                                  bool first, Prefetch prefetch) const {
   constexpr int columns = N * F32::width, step = 2 * block_rows<N>();
-  for (int w = 0; w < words; w += CHUNK) {
-    const int chunk = words - w < CHUNK ? words - w : CHUNK;
-    for (int row = 0; row < tile.count; row += step) {
-      if (w == 0)
-        for (int i = row; i < row + step && i < prefetch.count; ++i)
-          for (int64_t byte = 0; byte < call.row_bytes; byte += 64) __builtin_prefetch(prefetch.rows[i] + byte, 0, 2);
-      const Left keys = {tile.keys.words + row * tile.keys.row_step + w, tile.keys.row_step, 1};
-      const int rows = tile.count - row < step ? tile.count - row : step;
-      multiply_columns<Dot, N>(keys, rows, q + w * columns, chunk, worker.scores + row * columns, w > 0);
-    }
+  for (int row = 0; row < tile.count; row += step) {
+    // As many of the next rows as are multiplied here: all at once would wait for the memory. A last tile is shorter.
+    for (int i = row; i < row + step && i < prefetch.count; ++i)
+      for (int64_t byte = 0; byte < call.row_bytes; byte += 64) __builtin_prefetch(prefetch.rows[i] + byte, 0, 2);
+    const Left keys = {tile.keys.words + row * tile.keys.row_step, tile.keys.row_step, 1};
+    const int rows = tile.count - row < step ? tile.count - row : step;
+    multiply_columns<Dot, N>(keys, rows, q, words, worker.scores + row * columns, false);
   }
   weigh<N>(tile, worker, state, visible, first);
   const Word* weights = Dot::numbers == 1 ? reinterpret_cast<const Word*>(worker.scores) : worker.weights;

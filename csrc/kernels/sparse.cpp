@@ -1,9 +1,9 @@
 // Grouped-query attention over a selection: rows are read where they lie.
 //
 // A kv head serves only a few query heads, too few to be the columns of a product (as in latent.cpp) without wasting
-// registers. So scores are dot products along a row, HEADS query heads by KEYS keys at a time in registers, and values are
-// added up HEADS query heads by VALUES registers at a time: each number that is read is used HEADS times. A tile of 64 keys
-// keeps scores in the level-one cache; the next tile's rows are prefetched meanwhile.
+// registers. So scores are dot products along a row, HEADS query heads by KEYS keys at a time in registers, and values
+// are added up HEADS query heads by VALUES registers at a time: each number that is read is used HEADS times. A tile of
+// 64 keys keeps scores in the level-one cache; the next tile's rows are prefetched meanwhile.
 //
 // Queries are spread over threads, and where these are few, ranges of their selection (common/ranges.h).
 #include "kernels/sparse.h"
@@ -145,14 +145,15 @@ void Attention<Number>::attend(
       prefetch(rows[now ^ 1] + from, static_cast<int>(to - from));
       for (int64_t h = g * group; h < (g + 1) * group;) {
         const int64_t left = (g + 1) * group - h;
-        if (left >= 4)
-          attend_heads<4>(h, rows[now], count, worker, state), h += 4;
+        if (left >= HEADS)
+          attend_heads<HEADS>(h, rows[now], count, worker, state);
         else if (left == 3)
-          attend_heads<3>(h, rows[now], count, worker, state), h += 3;
+          attend_heads<3>(h, rows[now], count, worker, state);
         else if (left == 2)
-          attend_heads<2>(h, rows[now], count, worker, state), h += 2;
+          attend_heads<2>(h, rows[now], count, worker, state);
         else
-          attend_heads<1>(h, rows[now], count, worker, state), h += 1;
+          attend_heads<1>(h, rows[now], count, worker, state);
+        h += least(left, HEADS);
       }
     }
     count = next;
@@ -221,7 +222,8 @@ void Attention<Number>::attend_heads(
   for (; v + VALUES * F32::width <= call.value_width; v += VALUES * F32::width)
     add<M, VALUES>(worker.weights, values + v, rows, count, VALUES * F32::width, out + v);
   for (; v < call.value_width; v += F32::width)
-    add<M, 1>(worker.weights, values + v, rows, count, static_cast<int>(least(F32::width, call.value_width - v)), out + v);
+    add<M, 1>(worker.weights, values + v, rows, count,
+              static_cast<int>(least(F32::width, call.value_width - v)), out + v);
 }
 
 // scores[m, n] = scale q[m] . keys[rows[n]]

@@ -118,11 +118,12 @@ def test_gradients_of_latents() -> None:
         ([0, 9, -1], "query 1 has position 9, but its sequence has 9 keys"),
         ([0, -2, -1], "query 1 has position -2, but its sequence has 9 keys"),
         ([0, -1, 4], "query 1 has position 4 after a -1"),
+        ([], r"selection has shape \(2, 0\)"),
     ],
 )
 def test_bad_selections_are_refused(version: str, row: list[int], message: str) -> None:
     """Reading past a sequence, or leaving out what stands behind a -1."""
     keys = KeySource(Rows(torch.randn(9, 2, 6)), Contexts.packed([9]))
-    selection = torch.tensor([[0, 1, 8], row], dtype=torch.int32)
+    selection = torch.tensor([[0, 1, 8][: len(row)], row], dtype=torch.int32)
     with pytest.raises(ValueError, match=message):
         sparse_attention(torch.randn(2, 4, 6), keys, keys, selection, Queries((0, 2), (7,)), scale=1.0, version=version)

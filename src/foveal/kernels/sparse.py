@@ -21,7 +21,8 @@ def sparse_attention(
     one head's keys, and their first columns as values (`OneHead`, `Columns`): each row is then read once.
     selection_TK: int32 [T, K], distinct positions in the query's sequence, -1 (none) last.
     Returns [T, H, V] in q's dtype, zeros where nothing is selected. Softmax of scale * q.k in float32.
-    Raises ValueError where a selection names a position that its sequence does not have, or one after a -1.
+    Raises ValueError where a selection names a position that its sequence does not have, or one after a -1, or has no
+    columns.
     """
     check_selection(selection_TK, keys, queries)
     outputs = []
@@ -75,8 +76,15 @@ def _sparse_tile(
     return out_XQV.unflatten(0, (count, groups)).flatten(1, 2).masked_fill(nothing_t1[:, None], 0.0)
 
 
+def check_selection_shape(selection_TK: Tensor, queries: int) -> None:
+    """Raise ValueError unless this is [queries, K] with at least one column."""
+    if selection_TK.dim() != 2 or selection_TK.shape[0] != queries or selection_TK.shape[1] < 1:
+        raise ValueError(f"selection has shape {tuple(selection_TK.shape)}, not [{queries}, K] with K >= 1")
+
+
 def check_selection(selection_TK: Tensor, keys: KeySource, queries: Queries) -> None:
     """Raise ValueError unless each row is positions that its sequence has, and then -1."""
+    check_selection_shape(selection_TK, queries.offsets[-1])
     lengths_S = torch.tensor(keys.contexts.lengths, device=selection_TK.device)
     counts_S = torch.tensor(queries.lengths, device=selection_TK.device)
     length_T1 = lengths_S.repeat_interleave(counts_S)[:, None]

@@ -194,15 +194,17 @@ def test_bad_arguments_are_refused(isa: str) -> None:
         run(torch.randn(1, 4, 12), Contexts((100,), (64,)))
 
 
-def test_what_is_left_to_torch() -> None:
+@each_isa
+def test_what_is_left_to_torch(isa: str) -> None:
     """Windows, masks, float64 and rows that need gradients being ignored by a kernel that knows none of them."""
     q, queries = torch.randn(1, 4, 12), make_queries([1], [9])
     stored = source([torch.randn(9, 12)], True)
     keys, values = sources(stored, 10)
-    assert accepts_latent(q, keys, values, queries, scale=1.0)
-    assert not accepts_latent(q, keys, values, queries, scale=1.0, window=4)
+    attention(q, keys, values, queries, scale=1.0, version=isa)
     selection = torch.zeros(1, 1, dtype=torch.int32)
-    assert not accepts_latent(q, keys, values, queries, scale=1.0, selection_TK=selection)
+    for option in ({"window": 4}, {"selection_TK": selection}):
+        with pytest.raises(ValueError, match="cannot take these arguments"):
+            attention(q, keys, values, queries, scale=1.0, version=isa, **option)
     assert not accepts_latent(q.double(), keys, values, queries, scale=1.0)
     assert not accepts_latent(q, keys, keys, queries, scale=1.0)
     assert isinstance(stored.records, Rows)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from packing import CASES, make_queries, random_selection, source
 from torch import Tensor
 
-from foveal.kernels import KeySource, Rows, sparse_attention
+from foveal.kernels import Contexts, KeySource, Rows, sparse_attention
 from foveal.kernels.cpu.sparse import _accepts
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3}
@@ -135,6 +135,14 @@ def test_bad_arguments_are_refused(isa: str) -> None:
         run(torch.randn(2, 3, 6), [0, 1])
     with pytest.raises(ValueError, match="do not belong together"):
         run(torch.randn(2, 4, 5), [0, 1])
+    with pytest.raises(ValueError, match="queries of 1 sequences, but keys of 2"):
+        several = KeySource(keys.records, Contexts((9, 9), (64, 64)))
+        selection = torch.zeros(2, 1, dtype=torch.int32)
+        values_too = KeySource(values.records, several.contexts)
+        sparse_attention(torch.randn(2, 4, 6), several, values_too, selection, queries, scale=1.0, version=isa)
+    with pytest.raises(ValueError, match=r"selection has shape \(2, 0\)"):
+        nothing = torch.zeros(2, 0, dtype=torch.int32)
+        sparse_attention(torch.randn(2, 4, 6), keys, values, nothing, queries, scale=1.0, version=isa)
     with pytest.raises(ValueError, match="q has 1 rows"):
         run(torch.randn(1, 4, 6), [0, 1])
     with pytest.raises(ValueError, match="selection has shape"):

@@ -8,7 +8,7 @@ from torch import Tensor
 from foveal.config.formats import latent_bytes
 from foveal.kernels.cpu.library import FORMATS, Kernels, address
 from foveal.kernels.cpu.places import sequence_arguments
-from foveal.kernels.keys import Columns, KeySource, OneHead, Queries, Rows
+from foveal.kernels.keys import Columns, Contexts, KeySource, OneHead, Queries, Rows
 from foveal.kernels.records import LatentRecords
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -79,7 +79,7 @@ def run(
     assert latents is not None and isinstance(values.records, Columns)
     tokens, heads, width = q_THP.shape
     rank, rows = values.records.count, latents.rows
-    check_queries(tokens, queries)
+    check_queries(tokens, queries, keys.contexts)
     _check_widths(width, rank, rows)
     q_THP = q_THP.contiguous()
     out_THV = torch.empty(tokens, heads, rank, dtype=q_THP.dtype)
@@ -94,8 +94,10 @@ def run(
     return out_THV
 
 
-def check_queries(tokens: int, queries: Queries) -> None:
-    """Raise ValueError unless the sequences own all rows of q."""
+def check_queries(tokens: int, queries: Queries, contexts: Contexts) -> None:
+    """Raise ValueError unless the sequences own all rows of q, and each has a context."""
+    if len(queries.positions) != len(contexts.lengths):
+        raise ValueError(f"queries of {len(queries.positions)} sequences, but keys of {len(contexts.lengths)}")
     if queries.offsets[0] != 0 or queries.offsets[-1] != tokens:
         raise ValueError(f"q has {tokens} rows, but its sequences own rows {queries.offsets}")
 

@@ -7,7 +7,7 @@ from foveal.kernels.cpu import latent
 from foveal.kernels.cpu.library import FORMATS, Kernels, address, compiled
 from foveal.kernels.cpu.places import sequence_arguments
 from foveal.kernels.keys import KeySource, Queries, Rows
-from foveal.kernels.sparse import sparse_attention
+from foveal.kernels.sparse import check_selection_shape, sparse_attention
 
 
 def _accepts(
@@ -44,8 +44,7 @@ def _sparse_attention(
     *,
     scale: float,
 ) -> Tensor:
-    if selection_TK.dim() != 2 or selection_TK.shape[0] != q_THP.shape[0]:
-        raise ValueError(f"selection has shape {tuple(selection_TK.shape)} for {q_THP.shape[0]} queries")
+    check_selection_shape(selection_TK, q_THP.shape[0])
     selection_TK = selection_TK.contiguous()
     if latent.latent_rows(keys, values):
         return latent.run(kernels, q_THP, keys, values, selection_TK, queries, scale)
@@ -65,7 +64,7 @@ def _grouped(
     k_RGP, v_RGV = keys.records.values, values.records.values
     tokens, heads, width = q_THP.shape
     rows, groups, value_width = v_RGV.shape
-    latent.check_queries(tokens, queries)
+    latent.check_queries(tokens, queries, keys.contexts)
     if k_RGP.shape != (rows, groups, width) or heads % groups:
         shapes = f"q {tuple(q_THP.shape)}, keys {tuple(k_RGP.shape)}, values {tuple(v_RGV.shape)}"
         raise ValueError(f"shapes that do not belong together: {shapes}")
