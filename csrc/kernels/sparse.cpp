@@ -3,7 +3,7 @@
 // A kv head serves only a few query heads, too few to be the columns of a product (as in latent.cpp) without wasting
 // registers. So scores are dot products along a row, HEADS query heads by KEYS keys at a time in registers, and values
 // are added up HEADS query heads by VALUES registers at a time: each number that is read is used HEADS times. A tile of
-// 64 keys keeps scores in the level-one cache; the next tile's rows are prefetched meanwhile.
+// 16 keys keeps scores in the level-one cache; the next tile's rows are prefetched meanwhile.
 //
 // Queries are spread over threads, and where these are few, ranges of their selection (common/ranges.h).
 #include "kernels/sparse.h"
@@ -16,10 +16,10 @@
 namespace foveal::FOVEAL_ISA {
 namespace {
 
-constexpr int TILE = 64;  // keys
+constexpr int TILE = 16;  // keys: their rows of all kv heads, and the next ones, fit the level-two cache
 constexpr int HEADS = 4;
 #if defined(FOVEAL_AVX512)
-constexpr int KEYS = 6, VALUES = 6;
+constexpr int KEYS = 4, VALUES = 6;
 #elif defined(FOVEAL_AVX2)
 constexpr int KEYS = 3, VALUES = 3;
 #else
