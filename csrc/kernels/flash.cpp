@@ -7,7 +7,7 @@ namespace foveal::FOVEAL_ISA {
 namespace {
 
 // Multiply-accumulates that are worth waking another thread for.
-constexpr int64_t THREAD_WORK = 1 << 18;
+constexpr int64_t THREAD_WORK = 1 << 19;
 
 // The pieces of one sequence.
 struct Pieces {

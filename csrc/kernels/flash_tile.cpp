@@ -1,9 +1,9 @@
-// A tile: a few queries with all heads of one group (about ROWS rows) against all the keys that they see, TILE_KEYS at a
-// time. Keys and values of a tile of keys are packed into panels (pack.h), which with the queries and the sums fill the
-// level-two cache; ROWS rows make up for the packing. The rows are then taken in strips of STRIP_ROWS, whose scores stay in
-// the level-one cache between the two products and the softmax. Keys that no query of a strip sees are left out of both
-// products (to the panel of columns in the first, to the key in the second), so that a causal diagonal costs half a square;
-// only strips on a diagonal, a window's edge or under a selection look at a mask.
+// A tile: some queries with all heads of one group (about ROWS rows) against all the keys that they see, TILE_KEYS at a
+// time. Keys and values of a tile of keys are packed into panels (pack.h), which stay in the level-two cache while all rows
+// pass by; ROWS rows make up for the packing. Rows come in strips of STRIP_ROWS, with their queries and sums, whose scores
+// stay in the level-one or -two cache between the two products and the softmax. Keys that no query of a strip sees are left
+// out of both products (to the panel of columns in the first, to the key in the second), so that a causal diagonal costs
+// half a square; only strips on a diagonal, a window's edge or under a selection look at a mask.
 #include "common/pack.h"
 #include "kernels/flash_parts.h"
 
@@ -129,7 +129,7 @@ struct Tile {
     for (int r = 0; r < rows; ++r) {
       float* strip = scores + r * TILE_KEYS;
       if (edges) hide(strip, visible(flash, s, query_of(row + r)), start, begin, end);
-      if (flash.selection) keep_selected(strip, row + r, start, begin, end);
+      if (flash.selection) keep_selected(strip, row + r, start, begin, end, count);
       const float older = add_scores<typename Dot::Number>(states[row + r], strip + begin, end - begin, flash.scale * LOG2E);
       if (older != 1.0f) multiply_row(sums + (row + r) * sums_stride, sums_stride, older);
     }
@@ -147,13 +147,15 @@ struct Tile {
     for (int64_t j = stop; j < end; ++j) strip[j] = NOTHING;
   }
 
-  // -inf for columns [begin, end) that the row's query did not select.
-  void keep_selected(float* strip, int64_t row, int64_t start, int begin, int end) {
+  // -inf for columns [begin, end) that the row's query did not select. Of its entries only those that name one of this
+  // tile's `count` keys are used up: the last panel may reach into the next tile.
+  void keep_selected(float* strip, int64_t row, int64_t start, int begin, int end, int count) {
     const int64_t query = query_of(row);
     const int32_t* chosen = flash.selection + packed_row(query) * flash.topk;
     for (int j = begin; j < end; ++j) mask[j] = NOTHING;
+    const int64_t stop = start + smaller(end, count);
     int64_t at = cursors[query - first_query];
-    for (; at < flash.topk && chosen[at] >= 0 && chosen[at] < start + end; ++at)
+    for (; at < flash.topk && chosen[at] >= 0 && chosen[at] < stop; ++at)
       if (chosen[at] >= start + begin) mask[chosen[at] - start] = 0.0f;
     next_cursors[query - first_query] = at;
     for (int j = begin; j < end; j += F32::width) store(strip + j, load(strip + j) + load(mask + j));

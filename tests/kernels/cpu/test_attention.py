@@ -67,11 +67,11 @@ def test_attention(isa: str, case: str, heads: str, window: int | None, sinks: i
 @each_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("window", [None, 20])
-def test_masked_attention(isa: str, case: str, window: int | None, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (20, 0), (20, 3)])
+def test_masked_attention(isa: str, case: str, window: int | None, sinks: int, dtype: torch.dtype) -> None:
     """The masked form: a key that was not selected, a cursor that loses or repeats a position between tiles."""
     counts, lengths = CASES[case]
-    queries, selection = make_queries(counts, lengths), random_selection(counts, lengths, 9)
+    queries, selection = make_queries(counts, lengths), random_selection(counts, lengths, 40)
     # Something is seen: the query's own position.
     own = torch.cat([torch.arange(n - t, n) for t, n in zip(counts, lengths, strict=True)])[:, None].int()
     selection = torch.where((selection == own).any(1, keepdim=True), selection, torch.cat((own, selection[:, 1:]), 1))
@@ -80,7 +80,7 @@ def test_masked_attention(isa: str, case: str, window: int | None, dtype: torch.
     for heads in HEADS.values():
         tensors = random_case(heads, counts, lengths, dtype)
         for paged in (False, True):
-            compare(isa, tensors, lengths, paged, queries, window=window, selection_TK=selection)
+            compare(isa, tensors, lengths, paged, queries, window=window, sinks=sinks, selection_TK=selection)
 
 
 @each_isa
@@ -180,6 +180,8 @@ def test_bad_arguments_are_refused(isa: str) -> None:
         run(sinks=-1)
     with pytest.raises(ValueError, match="queries up to position 91"):
         run(queries=Queries((0, 2), (89,)))
+    with pytest.raises(ValueError, match="queries of 2 sequences, but contexts of 1"):
+        run(queries=Queries((0, 1, 2), (3, 4)))
     assert keys.contexts.table_SB is not None
     table_SB = keys.contexts.table_SB.clone()
     table_SB[0, 1] = 99

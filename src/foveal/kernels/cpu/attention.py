@@ -136,7 +136,8 @@ def _strided(x_XYZ: Tensor) -> tuple[int, int, int]:
 
 def _check_shapes(q_THP: Tensor, k_NGP: Tensor, v_NGV: Tensor, queries: Queries) -> None:
     shapes = f"q {tuple(q_THP.shape)}, keys {tuple(k_NGP.shape)}, values {tuple(v_NGV.shape)}"
-    if k_NGP.shape[2] != q_THP.shape[2] or v_NGV.shape[1] != k_NGP.shape[1] or q_THP.shape[1] % k_NGP.shape[1]:
+    groups = k_NGP.shape[1]
+    if k_NGP.shape[2] != q_THP.shape[2] or v_NGV.shape[1] != groups or not groups or q_THP.shape[1] % groups:
         raise ValueError(f"heads or dimensions do not match: {shapes}")
     if queries.offsets[-1] != len(q_THP):
         raise ValueError(f"{queries.offsets[-1]} queries, but {shapes}")
