@@ -128,8 +128,8 @@ struct Tile {
     const bool edges = end != stop || last.start > start + begin || first.stop < start + stop;
     for (int r = 0; r < rows; ++r) {
       float* strip = scores + r * TILE_KEYS;
-      if (edges) hide(strip, visible(flash, s, query_of(row + r)), start, begin, end);
-      if (flash.selection) keep_selected(strip, row + r, start, begin, end, count);
+      if (edges) hide(strip, visible(flash, s, query_of(row + r)), start, begin, stop, end);
+      if (flash.selection) keep_selected(strip, row + r, start, begin, stop, end);
       const float older = add_scores<typename Dot::Number>(states[row + r], strip + begin, end - begin, flash.scale * LOG2E);
       if (older != 1.0f) multiply_row(sums + (row + r) * sums_stride, sums_stride, older);
     }
@@ -140,22 +140,21 @@ struct Tile {
                     sums + row * sums_stride + p * PANEL, sums_stride, true);
   }
 
-  // -inf for columns [begin, end) whose keys a query does not see.
-  static void hide(float* strip, const Visible& seen, int64_t start, int begin, int end) {
-    const int64_t gap_end = smaller(seen.start - start, end), stop = larger(seen.stop - start, begin);
+  // -inf for columns of [begin, end) whose keys a query does not see, and for those from `stop` on: the last panel may reach
+  // past the tile's last key.
+  static void hide(float* strip, const Visible& seen, int64_t start, int begin, int stop, int end) {
+    const int64_t gap_end = smaller(seen.start - start, end);
     for (int64_t j = larger(seen.sinks - start, begin); j < gap_end; ++j) strip[j] = NOTHING;
-    for (int64_t j = stop; j < end; ++j) strip[j] = NOTHING;
+    for (int64_t j = larger(smaller(seen.stop - start, stop), begin); j < end; ++j) strip[j] = NOTHING;
   }
 
-  // -inf for columns [begin, end) that the row's query did not select. Of its entries only those that name one of this
-  // tile's `count` keys are used up: the last panel may reach into the next tile.
-  void keep_selected(float* strip, int64_t row, int64_t start, int begin, int end, int count) {
+  // -inf for columns [begin, end) that the row's query did not select, of [begin, stop).
+  void keep_selected(float* strip, int64_t row, int64_t start, int begin, int stop, int end) {
     const int64_t query = query_of(row);
     const int32_t* chosen = flash.selection + packed_row(query) * flash.topk;
     for (int j = begin; j < end; ++j) mask[j] = NOTHING;
-    const int64_t stop = start + smaller(end, count);
     int64_t at = cursors[query - first_query];
-    for (; at < flash.topk && chosen[at] >= 0 && chosen[at] < stop; ++at)
+    for (; at < flash.topk && chosen[at] >= 0 && chosen[at] < start + stop; ++at)
       if (chosen[at] >= start + begin) mask[chosen[at] - start] = 0.0f;
     next_cursors[query - first_query] = at;
     for (int j = begin; j < end; j += F32::width) store(strip + j, load(strip + j) + load(mask + j));

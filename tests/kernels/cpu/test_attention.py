@@ -54,7 +54,7 @@ def compare(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (17, 0), (17, 3), (40, 30), (1, 0)])
+@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (17, 0), (17, 3), (25, 3), (40, 30), (1, 0)])
 def test_attention(isa: str, case: str, heads: str, window: int | None, sinks: int, dtype: torch.dtype) -> None:
     """A wrong edge (causal, window, sinks), a wrong page or head, lanes past an odd size, unowned NaN in a sum."""
     counts, lengths = CASES[case]
