@@ -3,6 +3,8 @@
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/tuple.h>
 
+#include <vector>
+
 #include "bindings/bindings.h"
 #include "bindings/sequences.h"
 
@@ -10,13 +12,14 @@ namespace foveal {
 namespace {
 
 // Throws ValueError in Python unless every row of the selection holds ascending positions of its sequence, then -1.
-void check_selection(const int32_t* selection, int64_t topk, const Sequences& sequences) {
+void check_selection(const Flash& flash) {
+  const Sequences& sequences = flash.sequences;
   for (int64_t s = 0; s < sequences.count; ++s)
     for (int64_t row = sequences.query_offsets[s]; row < sequences.query_offsets[s + 1]; ++row) {
       int64_t last = -1;
       bool ended = false;
-      for (int64_t i = 0; i < topk; ++i) {
-        const int64_t position = selection[row * topk + i];
+      for (int64_t i = 0; i < flash.topk; ++i) {
+        const int64_t position = flash.selection[row * flash.topk + i];
         if (position == -1) {
           ended = true;
         } else if (ended || position <= last || position >= sequences.lengths[s]) {
@@ -31,22 +34,62 @@ void check_selection(const int32_t* selection, int64_t topk, const Sequences& se
     }
 }
 
+using Strided = std::array<int64_t, 3>;  // the address of [X, Y, Z], and the strides of X and Y
+
+Flash arguments_of(const Strided& q, const Strided& k, const Strided& v, Address out, const std::array<int, 4>& sizes,
+                   float scale, int format, int threads) {
+  Flash flash = {};
+  flash.q = reading<void>(q[0]), flash.q_row = q[1], flash.q_head = q[2];
+  flash.k = reading<void>(k[0]), flash.k_row = k[1], flash.k_head = k[2];
+  flash.v = reading<void>(v[0]), flash.v_row = v[1], flash.v_head = v[2];
+  flash.out = writing<void>(out);
+  flash.heads = sizes[0], flash.groups = sizes[1], flash.key_dim = sizes[2], flash.value_dim = sizes[3];
+  flash.scale = scale, flash.format = static_cast<Format>(format), flash.threads = threads;
+  return flash;
+}
+
+// The sequences of a batch of equal lengths whose last query stands at the last key.
+struct Batch {
+  std::vector<int64_t> offsets, positions, lengths, starts;
+  Batch(int64_t count, int64_t queries, int64_t keys)
+      : offsets(count + 1), positions(count, keys - queries), lengths(count, keys), starts(count) {
+    for (int64_t s = 0; s <= count; ++s) offsets[s] = s * queries;
+    for (int64_t s = 0; s < count; ++s) starts[s] = s * keys;
+  }
+  Sequences sequences() const {
+    const int64_t count = static_cast<int64_t>(lengths.size());
+    return {count, offsets.data(), positions.data(), lengths.data(), starts.data(), nullptr, 0};
+  }
+};
+
 }  // namespace
 
 void bind_flash(nb::module_& module, Isa isa) {
   module.def(
-      "flash",
+      "attention",
       [run = FOVEAL_PICK(isa, flash)](
-          std::array<int64_t, 3> q, std::array<int64_t, 3> k, std::array<int64_t, 3> v, Address out, Address lse,
-          std::tuple<int64_t, Address, Address, Address, int64_t> sequences_arguments, int64_t key_rows,
-          std::array<int, 4> sizes, float scale, bool causal, int64_t window, int64_t sinks, Address selection,
-          int64_t topk, int format, int threads) {
-        const Sequences sequences = std::apply(sequences_at, sequences_arguments);
-        check(sequences, key_rows);
-        if (selection) check_selection(reading<int32_t>(selection), topk, sequences);
-        run({reading<void>(q[0]), q[1], q[2], reading<void>(k[0]), k[1], k[2], reading<void>(v[0]), v[1], v[2],
-             writing<void>(out), writing<float>(lse), sequences, sizes[0], sizes[1], sizes[2], sizes[3], scale, causal,
-             window, sinks, reading<int32_t>(selection), topk, static_cast<Format>(format), threads});
+          Strided q, Strided k, Strided v, Address out, std::array<int, 4> sizes, float scale, int format, int threads,
+          std::tuple<int64_t, Address, Address, Address, int64_t> sequences, int64_t key_rows, int64_t window,
+          int64_t sinks, Address selection, int64_t topk) {
+        Flash flash = arguments_of(q, k, v, out, sizes, scale, format, threads);
+        flash.sequences = std::apply(sequences_at, sequences);
+        check(flash.sequences, key_rows);
+        flash.causal = true, flash.window = window, flash.sinks = sinks;
+        flash.selection = reading<int32_t>(selection), flash.topk = topk;
+        if (selection) check_selection(flash);
+        run(flash);
+      },
+      GilReleased());
+  module.def(
+      "flash_attention",
+      [run = FOVEAL_PICK(isa, flash)](
+          Strided q, Strided k, Strided v, Address out, std::array<int, 4> sizes, float scale, int format, int threads,
+          Address lse, std::array<int64_t, 3> lengths, bool causal, int64_t window, int64_t sinks) {
+        Flash flash = arguments_of(q, k, v, out, sizes, scale, format, threads);
+        const Batch batch(lengths[0], lengths[1], lengths[2]);
+        flash.sequences = batch.sequences();
+        flash.lse = writing<float>(lse), flash.causal = causal, flash.window = window, flash.sinks = sinks;
+        run(flash);
       },
       GilReleased());
 }

@@ -85,6 +85,11 @@ FOVEAL_INLINE __m256i narrow_bf16(F32 x) {
   return _mm512_cvtepi32_epi16(
       _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16));
 }
+// A register of pairs of bf16: the first (low) or the second number of each.
+FOVEAL_INLINE F32 low_halves(F32 x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 16))}; }
+FOVEAL_INLINE F32 high_halves(F32 x) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x.v), _mm512_set1_epi32(-65536)))};
+}
 FOVEAL_INLINE void store(bf16* p, F32 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(x)); }
 
 FOVEAL_INLINE F32 load(const int8_t* p) {
@@ -165,6 +170,11 @@ FOVEAL_INLINE __m128i narrow_bf16(F32 x) {
   rounded = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
 }
+// A register of pairs of bf16: the first (low) or the second number of each.
+FOVEAL_INLINE F32 low_halves(F32 x) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x.v), 16))}; }
+FOVEAL_INLINE F32 high_halves(F32 x) {
+  return {_mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(x.v), _mm256_set1_epi32(-65536)))};
+}
 FOVEAL_INLINE void store(bf16* p, F32 x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(x)); }
 
 FOVEAL_INLINE F32 load(const int8_t* p) {
@@ -206,7 +216,7 @@ FOVEAL_INLINE uint32_t to_bits(float x) {
   return bits;
 }
 FOVEAL_INLINE F32 set1(float x) { return {FloatLanes{x, x, x, x, x, x, x, x}}; }
-FOVEAL_INLINE F32 load(const float* p) {
+FOVEAL_INLINE F32 load(const float* p) {  // which may point to words of another type
   F32 x;
   std::memcpy(&x.v, p, sizeof x.v);
   return x;
@@ -254,6 +264,9 @@ FOVEAL_INLINE uint32_t lanes_above(F32 x, float limit) {
 FOVEAL_INLINE F32 load(const bf16* p) {
   return each([&](int i) { return from_bits(static_cast<uint32_t>(p[i].bits) << 16); });
 }
+// A register of pairs of bf16: the first (low) or the second number of each.
+FOVEAL_INLINE F32 low_halves(F32 x) { return each([&](int i) { return from_bits(to_bits(x.v[i]) << 16); }); }
+FOVEAL_INLINE F32 high_halves(F32 x) { return each([&](int i) { return from_bits(to_bits(x.v[i]) & 0xffff0000u); }); }
 // Rounds to the nearest, ties to even; NaN stays NaN.
 FOVEAL_INLINE void store(bf16* p, F32 x) {
   for (int i = 0; i < F32::width; ++i) {

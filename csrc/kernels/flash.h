@@ -11,7 +11,7 @@ namespace foveal {
 
 // A query at position i of its sequence sees the keys j <= i (all, unless causal), of these the last `window` and the first
 // `sinks`, and of these what its row of `selection` names. Query head h reads key head h / (heads / groups). All strides are
-// in numbers; the last dimension's is 1. A query that sees nothing gives zeros.
+// in numbers; the last dimension's is 1. A query that sees nothing (it may stand before the first key) gives zeros.
 //
 // One decoding step of one sequence with `length` keys, in a cache of pages: sequences = {1, {0, 1}, {length - 1}, {length},
 // {-1}, page ids, any stride}, or with rows that follow one another: {first row} in the place of {-1}.

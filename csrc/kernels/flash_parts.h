@@ -25,7 +25,7 @@ struct Visible {
 
 FOVEAL_INLINE Visible visible(const Flash& flash, int64_t s, int64_t query) {
   const int64_t length = flash.sequences.lengths[s], end = flash.sequences.first_positions[s] + query + 1;
-  const int64_t stop = flash.causal ? smaller(end, length) : length;
+  const int64_t stop = flash.causal ? larger(0, smaller(end, length)) : length;
   const int64_t start = flash.window ? smaller(larger(end - flash.window, 0), stop) : 0;
   if (flash.sinks >= start) return {0, 0, stop};
   return {flash.sinks, start, stop};

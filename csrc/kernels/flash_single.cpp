@@ -16,7 +16,6 @@ constexpr int MOST_ROWS = 4;
 #else
 constexpr int MOST_ROWS = 3;
 #endif
-constexpr int COLUMNS = 4;  // registers of values for each of those heads
 
 struct Strip {
   float* q;       // [heads, padded key_dim], zeros at the end
@@ -26,9 +25,33 @@ struct Strip {
   int64_t q_stride, sums_stride;
 };
 
+// Two registers of a row at once. bf16 come as their even and their odd numbers, which takes half as many instructions as
+// widening them in order; queries are loaded in the same way, and `in_order` puts the sums right at the end.
+struct Pair {
+  F32 a, b;
+};
+constexpr int PAIR = 2 * F32::width;
+
+FOVEAL_INLINE Pair load_pair(const float* p) { return {load(p), load(p + F32::width)}; }
+FOVEAL_INLINE Pair load_pair(const bf16* p) {
+  const F32 words = load(reinterpret_cast<const float*>(p));
+  return {low_halves(words), high_halves(words)};
+}
 template <class Number>
-FOVEAL_INLINE F32 load_first(const Number* p, int n) {
-  return n >= F32::width ? load(p) : load_partial(p, n);
+FOVEAL_INLINE Pair load_pair_of(const Number* p, int left) {
+  if (left >= PAIR) return load_pair(p);
+  Number buffer[PAIR] = {};
+  std::memcpy(buffer, p, left * sizeof(Number));
+  return load_pair(buffer);
+}
+
+FOVEAL_INLINE void in_order(float*, int64_t, float*) {}
+FOVEAL_INLINE void in_order(bf16*, int64_t n, float* row) {
+  for (int64_t i = 0; i < n; i += PAIR) {
+    float both[PAIR];
+    std::memcpy(both, row + i, sizeof both);
+    for (int j = 0; j < F32::width; ++j) row[i + 2 * j] = both[j], row[i + 2 * j + 1] = both[F32::width + j];
+  }
 }
 
 // Some heads of a group: how many at a time, of those that are left.
@@ -41,53 +64,58 @@ FOVEAL_INLINE void score_keys(const float* q, int64_t q_stride, const Number* co
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
     for (int j = 0; j < KEYS; ++j) sum[r][j] = zero();
-  for (int i = 0; i < size; i += F32::width) {
-    F32 key[KEYS];
+  auto step = [&](int i, auto load_keys) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-    for (int j = 0; j < KEYS; ++j) key[j] = load_first(k[j] + i, size - i);
+    for (int j = 0; j < KEYS; ++j) {
+      const Pair key = load_keys(k[j] + i);
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r) {
-      const F32 query = load(q + r * q_stride + i);
-#pragma GCC unroll 4
-      for (int j = 0; j < KEYS; ++j) sum[r][j] = fma(query, key[j], sum[r][j]);
+      for (int r = 0; r < ROWS; ++r) {
+        sum[r][j] = fma(load(q + r * q_stride + i), key.a, sum[r][j]);
+        sum[r][j] = fma(load(q + r * q_stride + i + F32::width), key.b, sum[r][j]);
+      }
     }
-  }
+  };
+  int i = 0;
+  for (; i + PAIR <= size; i += PAIR) step(i, [](const Number* p) { return load_pair(p); });
+  if (i < size) step(i, [&](const Number* p) { return load_pair_of(p, size - i); });
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r) store_sums(scores + r * SCORE_STRIDE, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
 }
 
-// sums[ROWS, REGISTERS registers] += weights[ROWS, count] . values
-template <int ROWS, int REGISTERS, class Number>
+// sums[ROWS, PAIRS pairs] += weights[ROWS, count] . values, of which `left` are there.
+template <int ROWS, int PAIRS, class Number>
 FOVEAL_INLINE void add_columns(
-    const float* weights, const Number* v, int64_t v_row, int64_t count, int columns, float* sums, int64_t sums_stride) {
-  F32 sum[ROWS][REGISTERS];
+    const float* weights, const Number* v, int64_t v_row, int64_t count, int left, float* sums, int64_t sums_stride) {
+  F32 sum[ROWS][2 * PAIRS];
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-    for (int c = 0; c < REGISTERS; ++c) sum[r][c] = load(sums + r * sums_stride + c * F32::width);
+    for (int c = 0; c < 2 * PAIRS; ++c) sum[r][c] = load(sums + r * sums_stride + c * F32::width);
   for (int64_t j = 0; j < count; ++j, v += v_row) {
-    F32 value[REGISTERS];
+#pragma GCC unroll 2
+    for (int c = 0; c < PAIRS; ++c) {
+      const Pair value = PAIRS == 1 ? load_pair_of(v, left) : load_pair(v + c * PAIR);
 #pragma GCC unroll 4
-    for (int c = 0; c < REGISTERS; ++c)
-      value[c] = REGISTERS == 1 ? load_first(v, columns) : load(v + c * F32::width);
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-      for (int c = 0; c < REGISTERS; ++c) sum[r][c] = fma(set1(weights[r * SCORE_STRIDE + j]), value[c], sum[r][c]);
+      for (int r = 0; r < ROWS; ++r) {
+        const F32 weight = set1(weights[r * SCORE_STRIDE + j]);
+        sum[r][2 * c] = fma(weight, value.a, sum[r][2 * c]);
+        sum[r][2 * c + 1] = fma(weight, value.b, sum[r][2 * c + 1]);
+      }
+    }
   }
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-    for (int c = 0; c < REGISTERS; ++c) store(sums + r * sums_stride + c * F32::width, sum[r][c]);
+    for (int c = 0; c < 2 * PAIRS; ++c) store(sums + r * sums_stride + c * F32::width, sum[r][c]);
 }
 
 template <int ROWS, class Number>
 FOVEAL_INLINE void add_values(
     const float* weights, const Number* v, int64_t v_row, int64_t count, int size, float* sums, int64_t sums_stride) {
   int c = 0;
-  for (; c + COLUMNS * F32::width <= size; c += COLUMNS * F32::width)
-    add_columns<ROWS, COLUMNS>(weights, v + c, v_row, count, size - c, sums + c, sums_stride);
-  for (; c < size; c += F32::width)
+  for (; c + 2 * PAIR <= size; c += 2 * PAIR)
+    add_columns<ROWS, 2>(weights, v + c, v_row, count, size - c, sums + c, sums_stride);
+  for (; c < size; c += PAIR)
     add_columns<ROWS, 1>(weights, v + c, v_row, count, size - c, sums + c, sums_stride);
 }
 
@@ -172,15 +200,29 @@ void add_strip(const Flash& flash, int64_t s, const Visible& seen, int64_t i, in
   }
 }
 
-int64_t q_size(const Flash& flash) { return rounded_up(flash.key_dim, F32::width); }
-int64_t sums_size(const Flash& flash) { return rounded_up(flash.value_dim, F32::width); }
+int64_t q_size(const Flash& flash) { return rounded_up(flash.key_dim, PAIR); }
+int64_t sums_size(const Flash& flash) { return rounded_up(flash.value_dim, PAIR); }
 
 template <class Number>
 void load_query(const Flash& flash, int64_t s, const Strip& strip) {
   const Number* q = static_cast<const Number*>(flash.q) + flash.sequences.query_offsets[s] * flash.q_row;
   for (int h = 0; h < flash.heads; ++h)
-    for (int i = 0; i < flash.key_dim; i += F32::width)
-      store(strip.q + h * strip.q_stride + i, load_first(q + h * flash.q_head + i, flash.key_dim - i));
+    for (int i = 0; i < flash.key_dim; i += PAIR) {
+      const Pair query = load_pair_of(q + h * flash.q_head + i, flash.key_dim - i);
+      store(strip.q + h * strip.q_stride + i, query.a);
+      store(strip.q + h * strip.q_stride + i + F32::width, query.b);
+    }
+}
+
+// The output from the result of the only part, or of all parts together.
+template <class Number>
+void write_output(const Flash& flash, int64_t s, float* result) {
+  const int64_t row = sums_size(flash);
+  const SoftmaxState* states = reinterpret_cast<const SoftmaxState*>(result + flash.heads * row);
+  for (int h = 0; h < flash.heads; ++h) {
+    in_order(static_cast<Number*>(flash.out), row, result + h * row);
+    finish_row<Number>(flash, flash.sequences.query_offsets[s], h, result + h * row, states[h]);
+  }
 }
 
 template <class Number>
@@ -201,9 +243,7 @@ void run_part(const Flash& flash, int64_t s, int64_t part, int64_t parts, float*
   const int64_t stop = seen.count() * (part + 1) / parts;
   for (int64_t i = seen.count() * part / parts; i < stop; i += STRIP)
     add_strip<Number>(flash, s, seen, i, smaller(STRIP, stop - i), strip);
-  if (parts == 1)
-    for (int h = 0; h < heads; ++h)
-      finish_row<Number>(flash, flash.sequences.query_offsets[s], h, strip.sums + h * strip.sums_stride, strip.states[h]);
+  if (parts == 1) write_output<Number>(flash, s, result);
 }
 
 // Takes another part's state and sums of a head into the first ones.
@@ -243,10 +283,7 @@ void combine_single(const Flash& flash, int64_t s, int64_t parts, float* results
     const SoftmaxState* states = reinterpret_cast<SoftmaxState*>(sums + flash.heads * row);
     for (int h = 0; h < flash.heads; ++h) add_state(first[h], results + h * row, states[h], sums + h * row, row, flash.scale * LOG2E);
   }
-  const int64_t query = flash.sequences.query_offsets[s];
-  for (int h = 0; h < flash.heads; ++h)
-    flash.format == Format::f32 ? finish_row<float>(flash, query, h, results + h * row, first[h])
-                                : finish_row<bf16>(flash, query, h, results + h * row, first[h]);
+  flash.format == Format::f32 ? write_output<float>(flash, s, results) : write_output<bf16>(flash, s, results);
 }
 
 }  // namespace foveal::FOVEAL_ISA

@@ -10,7 +10,7 @@
 namespace foveal::FOVEAL_ISA {
 namespace {
 
-constexpr int ROWS = 192, STRIP_ROWS = 2 * TILE_ROWS, TILE_KEYS = 128;
+constexpr int ROWS = 384, STRIP_ROWS = 4 * TILE_ROWS, TILE_KEYS = 128;
 static_assert(TILE_KEYS % PANEL == 0, "tiles of keys are whole panels");
 
 int64_t group_size(const Flash& flash) { return flash.heads / flash.groups; }

@@ -39,6 +39,47 @@ def test_attention(case: str, paged: bool, window: int | None, dtype: torch.dtyp
     close(result, expected)
 
 
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("sinks", [1, 12, 66])
+def test_sinks(case: str, paged: bool, sinks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sinks that fall out of the window or are counted twice where it covers them; one tile of queries or several."""
+    counts, lengths = CASES[case]
+    queries = make_queries(counts, lengths)
+    q, k, v = (torch.randn(n, 2, 8, dtype=torch.float64) for n in (sum(counts), sum(lengths), sum(lengths)))
+    keys, values = (source(list(x.split(lengths)), paged) for x in (k, v))
+    plain_keys, plain_values = (source(list(x.split(lengths)), False) for x in (k, v))
+    arguments = {"scale": 0.3, "window": 17, "sinks": sinks}
+    expected = attention(q, plain_keys, plain_values, queries, **arguments, version="reference")
+    # Row by row: what stands in the window or among the first.
+    for s, (row, count, first) in enumerate(queries):
+        for t in range(count):
+            seen = [j for j in range(first + t + 1) if j < sinks or j > first + t - 17]
+            weights = (
+                torch.einsum("hp,nhp->hn", q[row + t], plain_keys.context(s, 0, lengths[s])[seen]) * 0.3
+            ).softmax(1)
+            value = torch.einsum("hn,nhp->hp", weights, plain_values.context(s, 0, lengths[s])[seen])
+            close(expected[row + t], value)
+    close(attention(q, keys, values, queries, **arguments, version="torch"), expected)
+    monkeypatch.setattr("foveal.kernels.dense.TILE_SCORES", 1000)
+    close(attention(q, keys, values, queries, **arguments, version="torch"), expected)
+
+
+def test_selection_and_window() -> None:
+    """What was selected but lies before the window being seen, or written past the mask."""
+    counts, lengths = CASES["chunk"]
+    queries, selection = make_queries(counts, lengths), random_selection(counts, lengths, 30)
+    selection[:, 0], selection[:, 1] = 0, 1
+    selection[:, 2:] = torch.where(selection[:, 2:] > 1, selection[:, 2:], -1)
+    selection = torch.where(selection < 0, 1 << 20, selection).sort(1).values
+    selection = torch.where(selection == 1 << 20, -1, selection).int()
+    q, k = torch.randn(sum(counts), 2, 8, dtype=torch.float64), torch.randn(sum(lengths), 2, 8, dtype=torch.float64)
+    keys = source(list(k.split(lengths)), False)
+    arguments = {"scale": 0.3, "window": 17, "sinks": 2, "selection_TK": selection}
+    expected = attention(q, keys, keys, queries, **arguments, version="reference")
+    close(attention(q, keys, keys, queries, **arguments, version="torch"), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
 def test_masked_attention(case: str, dtype: torch.dtype) -> None:

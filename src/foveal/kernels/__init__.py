@@ -6,6 +6,7 @@ from foveal.kernels import cpu as _cpu
 from foveal.kernels.activation import gated
 from foveal.kernels.dense import attention
 from foveal.kernels.dispatch import Operation
+from foveal.kernels.flash import flash_attention, flash_forward
 from foveal.kernels.keys import Columns, Contexts, KeySource, OneHead, Queries, Rows
 from foveal.kernels.matmul import QUANTIZATIONS, QuantisedWeight, linear, pack_weight, quantise_weight
 from foveal.kernels.moe import experts
@@ -32,6 +33,7 @@ __all__ = [
     "attention",
     "causal_conv",
     "experts",
+    "flash_attention",
     "gated",
     "hadamard",
     "linear",
@@ -54,6 +56,7 @@ del _cpu  # importing it registered the compiled versions
 
 def operations() -> tuple[Operation[..., Any], ...]:
     """Every operation that has versions to choose from."""
-    products = (linear, attention, sparse_attention, select, experts, causal_conv, selective_scan)
+    attentions = (attention, flash_forward, sparse_attention)
+    products = (linear, *attentions, select, experts, causal_conv, selective_scan)
     stores = (quantise_index, write_index_keys, write_latents)
     return (*products, *stores, rms_norm, add_rms_norm, apply_rope, gated)

@@ -7,6 +7,7 @@ from foveal.kernels.cpu.latent import accepts_latent, latent_attention
 from foveal.kernels.cpu.library import FORMATS, Kernels, address, compiled
 from foveal.kernels.cpu.places import sequence_arguments
 from foveal.kernels.dense import attention
+from foveal.kernels.flash import flash_forward
 from foveal.kernels.keys import KeySource, OneHead, Queries, Rows
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -77,24 +78,55 @@ def _attention(
     if selection_TK is not None:
         _check_selection(selection_TK, len(q_THP))
     out_THV = q_THP.new_empty(*q_THP.shape[:2], v_NGV.shape[2])
-    sizes = (q_THP.shape[1], k_NGP.shape[1], k_NGP.shape[2], v_NGV.shape[2])
-    kernels.run.flash(
-        *(_strided(x) for x in (q_THP, k_NGP, v_NGV)),
-        address(out_THV),
-        0,
-        sequence_arguments(queries, keys.contexts),
-        min(len(k_NGP), len(v_NGV)),
-        sizes,
-        scale,
-        True,
-        window or 0,
-        sinks,
-        address(selection_TK),
-        0 if selection_TK is None else selection_TK.shape[1],
-        FORMATS[q_THP.dtype],
-        torch.get_num_threads(),
-    )
+    sequences = sequence_arguments(queries, keys.contexts)
+    topk = 0 if selection_TK is None else selection_TK.shape[1]
+    seen = (window or 0, sinks, address(selection_TK), topk)
+    key_rows = min(len(k_NGP), len(v_NGV))
+    kernels.run.attention(*_tensors(q_THP, k_NGP, v_NGV, out_THV, scale), sequences, key_rows, *seen)
     return out_THV
+
+
+def accepts_tensors(
+    q_STHP: Tensor, k_SNGP: Tensor, v_SNGV: Tensor, *, causal: bool, scale: float, window: int | None, sinks: int
+) -> bool:
+    """Formats that the kernels read; rows that are not dense are copied."""
+    return q_STHP.dtype in _DTYPES and scale > 0
+
+
+@compiled(flash_forward, accepts_tensors)
+def _flash_forward(
+    kernels: Kernels,
+    q_STHP: Tensor,
+    k_SNGP: Tensor,
+    v_SNGV: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    sinks: int,
+) -> tuple[Tensor, Tensor]:
+    lengths = (q_STHP.shape[0], q_STHP.shape[1], k_SNGP.shape[1])
+    rows_XHP, rows_YGP, rows_YGV = (_rows(x) for x in (q_STHP, k_SNGP, v_SNGV))
+    out_STHV = q_STHP.new_empty(*q_STHP.shape[:3], v_SNGV.shape[3])
+    lse_STH = q_STHP.new_empty(q_STHP.shape[:3], dtype=torch.float32)
+    tensors = _tensors(rows_XHP, rows_YGP, rows_YGV, out_STHV, scale)
+    kernels.run.flash_attention(*tensors, address(lse_STH), lengths, causal, window or 0, sinks)
+    return out_STHV, lse_STH
+
+
+def _rows(x_SNGP: Tensor) -> Tensor:
+    """All sequences' rows [S N, G, P], with a last stride of 1; a view where it can be."""
+    rows = x_SNGP.flatten(0, 1)
+    return rows if rows.stride(2) == 1 else rows.contiguous()
+
+
+def _tensors(
+    q_THP: Tensor, k_NGP: Tensor, v_NGV: Tensor, out: Tensor, scale: float
+) -> tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int, int], int, tuple[int, ...], float, int, int]:
+    """The arguments that both kernels begin with (csrc/bindings/flash.cpp)."""
+    sizes = (*q_THP.shape[1:2], *k_NGP.shape[1:], v_NGV.shape[2])
+    rows = _strided(q_THP), _strided(k_NGP), _strided(v_NGV)
+    return *rows, out.data_ptr(), sizes, scale, FORMATS[q_THP.dtype], torch.get_num_threads()
 
 
 def _strided(x_XYZ: Tensor) -> tuple[int, int, int]:
