@@ -99,12 +99,16 @@ def test_steps(isa: str, dtype: torch.dtype, attention: str, monkeypatch: pytest
 
 
 @needs_kernels
+@pytest.mark.parametrize("quantization", [None, "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_numbers(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_numbers(dtype: torch.dtype, quantization: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fused form rounding at other places than the plain one, so that tokens depend on the batch they are in."""
     config = make_config(ATTENTION["norms and biases"], ATTENTION["window"], tied=False)
     decoder, _ = make_decoders(config, dtype)
+    if quantization:
+        decoder.quantise(quantization)
     decoder.pack()
+    assert decoder._parts
     caches = make_cache(config, dtype), make_cache(config, dtype)
     with torch.inference_mode():
         for batch in make_batches():

@@ -87,7 +87,7 @@ def norm_of(norm: RMSNorm) -> Norm:
 
 def layer_of(linear: Linear) -> Layer:
     """A linear layer as the kernels take it."""
-    return Layer(linear.weight, linear.bias)
+    return Layer(linear.weight if linear.quantised is None else linear.quantised, linear.bias)
 
 
 def _keys_and_values(cache: CacheStore, place: Place) -> tuple[Tensor, Tensor]:
