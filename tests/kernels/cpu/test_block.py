@@ -69,6 +69,18 @@ def test_another_cache_is_refused(isa: str, part: Tensor) -> None:
         run_of(isa).places([(part, torch.randn(64, 1, 4))])
 
 
+@each_isa
+def test_feed_forwards_alone_need_no_cache(isa: str) -> None:
+    """Sequences checked against a cache that the run does not have: MLA and sparse layers have only those fused."""
+    gate_up, down = torch.randn(12, 8), torch.randn(8, 6)
+    run = block_run([MLPBlock(NORM, Layer(gate_up), Layer(down), "silu")], isa)
+    assert run
+    x, _, _, rows, queries, contexts = arguments(run_of(isa))
+    gate, up = (torch.nn.functional.rms_norm(x, (8,), NORM.weight_X, NORM.eps) @ gate_up.T).chunk(2, -1)
+    expected = x + (torch.nn.functional.silu(gate) * up) @ down.T
+    assert torch.allclose(run(x, [], run.places([]), rows, queries, contexts), expected, atol=1e-4)
+
+
 def test_what_the_kernels_cannot_read_is_not_fusable() -> None:
     """Weights read as another dtype, or as if they were contiguous."""
     assert BLOCK.fusable
