@@ -1,13 +1,27 @@
 #include "kernels/block.h"
 
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
+
+#include <utility>
+#include <variant>
+#include <vector>
 
 #include "bindings/bindings.h"
 #include "bindings/sequences.h"
 
 namespace foveal {
 namespace {
+
+using AnyBlock = std::variant<GqaBlock, MlpBlock>;
+
+// Blocks that follow one another.
+struct Blocks {
+  std::vector<AnyBlock> all;
+};
 
 // (values, scales, lows, outputs, inputs, group, coding, bias): foveal/kernels/cpu/block.py, `_layer`.
 using LayerArguments = std::tuple<Address, Address, Address, int64_t, int64_t, int, int, Address>;
@@ -37,6 +51,9 @@ void check_rows(const int64_t* rows, int64_t tokens, int64_t cache_rows) {
 }  // namespace
 
 void bind_block_types(nb::module_& module) {
+  nb::class_<Blocks>(module, "Blocks").def("__init__", [](Blocks* self, std::vector<AnyBlock> all) {
+    new (self) Blocks{std::move(all)};
+  });
   nb::class_<GqaBlock>(module, "GqaBlock")
       .def("__init__", [](GqaBlock* self, NormArguments norm, LayerArguments qkv, LayerArguments out,
                           std::array<Address, 2> head_norms, std::array<int, 3> heads, int64_t pairs, bool interleaved,
@@ -54,23 +71,32 @@ void bind_block_types(nb::module_& module) {
 void bind_block(nb::module_& module, Isa isa) {
   module.attr("GqaBlock") = nb::type<GqaBlock>();
   module.attr("MlpBlock") = nb::type<MlpBlock>();
+  module.attr("Blocks") = nb::type<Blocks>();
+  // For each attention block its turns and its cache: keys and values, of cache_rows rows.
   module.def(
-      "gqa_block",
-      [run = FOVEAL_PICK(isa, gqa_block)](
-          const GqaBlock& block, Address x, Address out, int64_t tokens, Address turns, Address rows, Address keys,
-          Address values, int64_t cache_rows, std::tuple<int64_t, Address, Address, Address, int64_t> sequences,
-          int threads) {
-        const Sequences at = std::apply(sequences_at, sequences);
-        check(at, cache_rows);
-        check_rows(reading<int64_t>(rows), tokens, cache_rows);
-        run(block, {reading<void>(x), writing<void>(out), tokens, threads},
-            {reading<float>(turns), reading<int64_t>(rows), writing<void>(keys), writing<void>(values), at});
-      },
-      GilReleased());
-  module.def(
-      "mlp_block",
-      [run = FOVEAL_PICK(isa, mlp_block)](const MlpBlock& block, Address x, Address out, int64_t tokens, int threads) {
-        run(block, {reading<void>(x), writing<void>(out), tokens, threads});
+      "run_blocks",
+      [gqa = FOVEAL_PICK(isa, gqa_block), mlp = FOVEAL_PICK(isa, mlp_block)](
+          const Blocks& blocks, Address x, Address out, int64_t tokens, const std::vector<Address>& turns, Address rows,
+          const std::vector<std::pair<Address, Address>>& caches, int64_t cache_rows,
+          std::tuple<int64_t, Address, Address, Address, int64_t> sequences_arguments, int threads) {
+        const Sequences sequences = std::apply(sequences_at, sequences_arguments);
+        if (!caches.empty()) {  // otherwise no block reads or writes any row
+          check(sequences, cache_rows);
+          check_rows(reading<int64_t>(rows), tokens, cache_rows);
+        }
+        size_t cached = 0;
+        for (const auto& block : blocks.all) {
+          const BlockStep step{reading<void>(x), writing<void>(out), tokens, threads};
+          if (const GqaBlock* attention = std::get_if<GqaBlock>(&block)) {
+            const auto [keys, values] = caches.at(cached);
+            gqa(*attention, step, {reading<float>(turns.at(cached)), reading<int64_t>(rows), writing<void>(keys),
+                                   writing<void>(values), sequences});
+            ++cached;
+          } else {
+            mlp(std::get<MlpBlock>(block), step);
+          }
+          x = out;  // the others work in place
+        }
       },
       GilReleased());
 }

@@ -47,7 +47,7 @@ struct MlpBlock {
 // The tokens of a step and where their keys are.
 struct BlockStep {
   const void* x;       // [tokens, hidden]
-  void* out;           // the same shape
+  void* out;           // the same shape; may be x
   int64_t tokens;
   int threads;
 };

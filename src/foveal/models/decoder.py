@@ -12,8 +12,9 @@ from foveal.cache.store import CacheStore, resolve_index_dtype
 from foveal.config import ModelConfig
 from foveal.config.model import BlockConfig, GQAConfig, LayerConfig, MambaConfig, MLAConfig, MLPConfig, MoEConfig
 from foveal.kernels import QuantisedWeight, linear, pack_weight, quantise_weight
+from foveal.kernels.cpu.block import AnyBlock
 from foveal.nn.batch import Batch
-from foveal.nn.fused import FusedBlock, Fuses
+from foveal.nn.fused import Part, fuse
 from foveal.nn.gqa import GQA
 from foveal.nn.indexer import Indexer
 from foveal.nn.linear import Linear
@@ -59,6 +60,8 @@ class Decoder(nn.Module):
         if not config.tied_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype=options.dtype)
         self._packed_head: Tensor | QuantisedWeight | None = None
+        self._parts: list[Part] = []
+        """The layers for steps of few tokens, made by `pack`: the same blocks, several in one call."""
 
     def forward(self, ids_SN: Tensor) -> Tensor:
         """Logits, float32 [S, N, V], of sequences of equal length; int64 in. Differentiable."""
@@ -68,8 +71,12 @@ class Decoder(nn.Module):
         """Compute a batch: keys and states go to the cache, where there is one."""
         step = Step.of(batch)
         x_TD = self.embed_tokens(batch.ids_T)
-        for index, layer in enumerate(self.layers):
-            x_TD = layer(x_TD, step, cache.layers[index] if cache else None)
+        if cache and self._parts and step.fusable:
+            for part in self._parts:
+                x_TD = part(x_TD, step, cache)
+        else:
+            for index, layer in enumerate(self.layers):
+                x_TD = layer(x_TD, step, cache.layers[index] if cache else None)
         if batch.wanted_L is not None:
             x_TD = x_TD[batch.wanted_L]
         return Output(self._head(self.norm(x_TD)).float(), step.collected)
@@ -81,9 +88,8 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear | Experts):
                 module.pack()
-        for module in self.modules():
-            if isinstance(module, Block):
-                module.fuse()
+        layers = [[block for block in layer.modules() if isinstance(block, Block)] for layer in self.layers]
+        self._parts = fuse([[(block, block.fused()) for block in blocks] for blocks in layers])
 
     def quantise(self, quantization: str) -> None:
         """Round the weights to "int8" or "int4" (see `quantise_weight`), for inference, as `pack` does.
@@ -130,17 +136,16 @@ class Block(nn.Module):
         self.operation = _operation(block, config, options)
         self.indexer = _indexer(block, config, options) if block.indexer else None
         self.sparse = block.indexer is not None or block.shared_selection
-        self._fused: FusedBlock | None = None
 
-    def fuse(self) -> None:
-        """Let steps of few tokens run the whole block as one call, where its operation has such a form."""
-        if isinstance(self.operation, Fuses):
-            self._fused = self.operation.fuse(self.norm)
+    def fused(self) -> AnyBlock | None:
+        """This block as the kernels take it, weights as they are now; None where they cannot run it as one call."""
+        if self.sparse or not isinstance(self.operation, GQA | MLP):
+            return None
+        block = self.operation.fused(self.norm)
+        return block if block.fusable else None
 
     def forward(self, x_TD: Tensor, step: Step, cache: BlockCache | None) -> Tensor:
         """[T, D] -> [T, D]."""
-        if self._fused is not None and step.fusable:
-            return self._fused(x_TD, step, cache)
         h_TD = self.norm(x_TD)
         if isinstance(self.operation, Mixer):
             return x_TD + self._mix(h_TD, step, cache)

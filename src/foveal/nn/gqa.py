@@ -5,9 +5,9 @@ from torch import Tensor
 
 from foveal.cache.layouts import BlockCache
 from foveal.config.model import GQAConfig
-from foveal.kernels import Rows, apply_rope, attention
-from foveal.kernels.cpu.block import CachedKeys, fuse_gqa
-from foveal.nn.fused import FusedBlock, layer_of, norm_of
+from foveal.kernels import apply_rope, attention
+from foveal.kernels.cpu.block import GQABlock
+from foveal.nn.fused import layer_of, norm_of
 from foveal.nn.linear import FusedLinear, Linear
 from foveal.nn.mixer import Mixer
 from foveal.nn.norm import RMSNorm
@@ -45,19 +45,7 @@ class GQA(Mixer):
         out_THP = attention(q_THP, keys, values, step.queries, scale=config.scale, window=config.window)
         return self.o_proj(out_THP.flatten(1))
 
-    def fuse(self, norm: RMSNorm) -> FusedBlock | None:
-        """See `Fuses.fuse`."""
+    def fused(self, norm: RMSNorm) -> GQABlock:
+        """The block of `norm`, this and a sum, for the kernels."""
         heads = (norm_of(self.q_norm), norm_of(self.k_norm)) if self.config.qk_norm else None
-        block = fuse_gqa(self.config, norm_of(norm), layer_of(self.qkv_proj), layer_of(self.o_proj), heads)
-        if block is None:
-            return None
-        rope = self.config.rope
-
-        def run(x_TD: Tensor, step: Step, cache: BlockCache | None) -> Tensor:
-            assert cache and cache.keys and cache.values and step.rows_T is not None
-            keys, values = cache.keys.records, cache.values.records
-            assert isinstance(keys, Rows) and isinstance(values, Rows)
-            cached = CachedKeys(step.rows_T, keys.values, values.values, step.queries, step.contexts)
-            return block(x_TD, step.turns(rope) if rope else None, cached)
-
-        return run
+        return GQABlock(self.config, norm_of(norm), layer_of(self.qkv_proj), layer_of(self.o_proj), heads)

@@ -3,13 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from foveal.cache.layouts import BlockCache
 from foveal.kernels import gated
-from foveal.kernels.cpu.block import fuse_mlp
-from foveal.nn.fused import FusedBlock, layer_of, norm_of
+from foveal.kernels.cpu.block import MLPBlock
+from foveal.nn.fused import layer_of, norm_of
 from foveal.nn.linear import FusedLinear, Linear
 from foveal.nn.norm import RMSNorm
-from foveal.nn.step import Step
 
 
 class MLP(nn.Module):
@@ -25,13 +23,6 @@ class MLP(nn.Module):
         """[T, D] -> [T, D]."""
         return self.down_proj(gated(self.gate_up_proj(x_TD), self.activation))
 
-    def fuse(self, norm: RMSNorm) -> FusedBlock | None:
-        """See `Fuses.fuse`."""
-        block = fuse_mlp(norm_of(norm), layer_of(self.gate_up_proj), layer_of(self.down_proj), self.activation)
-        if block is None:
-            return None
-
-        def run(x_TD: Tensor, step: Step, cache: BlockCache | None) -> Tensor:
-            return block(x_TD)
-
-        return run
+    def fused(self, norm: RMSNorm) -> MLPBlock:
+        """The block of `norm`, this and a sum, for the kernels."""
+        return MLPBlock(norm_of(norm), layer_of(self.gate_up_proj), layer_of(self.down_proj), self.activation)

@@ -32,6 +32,17 @@ def test_rms_norm_of_a_part_of_a_row(isa: str) -> None:
 
 
 @each_isa
+def test_rms_norm_of_heads(isa: str) -> None:
+    """Heads that are read one after another though they are slices of a wider row; rows that are not contiguous."""
+    wide, weight = torch.randn(5, 4, 12), torch.randn(12)
+    for part in (wide[:, 1:3], wide[..., ::2]):
+        size = part.shape[-1]
+        expected = rms_norm(part.double(), weight[:size].double(), 1e-5, version="reference")
+        result = rms_norm(part, weight[:size], 1e-5, version=isa)
+        assert torch.allclose(result.double(), expected, atol=1e-5)
+
+
+@each_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_add_rms_norm(isa: str, dtype: torch.dtype) -> None:
     """A sum that is normed before it is rounded, or a residual of the wrong row."""

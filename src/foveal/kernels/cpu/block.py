@@ -1,9 +1,11 @@
-"""Whole residual blocks, x + operation(norm(x)), in one call (csrc/kernels/block.cpp), for steps of few tokens.
+"""Whole residual blocks, x + operation(norm(x)), one after another in one call (csrc/kernels/block.cpp).
 
-Built once from a block's weights, whose addresses they keep: a weight that is replaced afterwards is not noticed.
+Made once from the blocks' weights, whose addresses are kept: a weight that is replaced afterwards is not noticed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,127 +39,153 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class CachedKeys:
-    """Where a step's new keys and values go, and where all of each sequence's are."""
+class GQABlock:
+    """x + attention(norm(x)). heads: the norms of queries and keys, where there are any."""
 
-    rows_T: Tensor
-    """int64 [T]: cache rows of the new tokens."""
-    keys_XGP: Tensor
-    values_XGP: Tensor
-    queries: Queries
-    contexts: Contexts
+    config: GQAConfig
+    norm: Norm
+    qkv: Layer
+    out: Layer
+    heads: tuple[Norm, Norm] | None = None
 
+    @property
+    def pairs(self) -> int:
+        """Pairs that rope turns."""
+        return self.config.rope.dim // 2 if self.config.rope else 0
 
-class FusedGQA:
-    """x + attention(norm(x)) over cached keys. `heads`: the norms of queries and keys, where there are any."""
+    @property
+    def fusable(self) -> bool:
+        """Whether the kernels can read its weights and compute what it asks for."""
+        return self.pairs <= MOST_PAIRS and _readable([self.norm, *(self.heads or ())], [self.qkv, self.out])
 
-    def __init__(
-        self, kernels: Kernels, config: GQAConfig, norm: Norm, qkv: Layer, out: Layer, heads: tuple[Norm, Norm] | None
-    ) -> None:
-        self._run, self._dtype, self._hidden = kernels.run.gqa_block, norm.weight_X.dtype, norm.weight_X.shape[0]
-        self._row = (config.kv_heads, config.head_dim)
-        self._pairs = config.rope.dim // 2 if config.rope else 0
-        self._weights = (norm, qkv, out, heads)  # kept alive
-        self._block = kernels.run.GqaBlock(
-            _norm_arguments(norm),
-            _layer_arguments(qkv),
-            _layer_arguments(out),
-            tuple(address(one.weight_X) for one in heads) if heads else (0, 0),
+    def native(self, kernels: Kernels) -> Any:
+        """`GqaBlock` of csrc/kernels/block.h."""
+        config, hidden = self.config, len(self.norm.weight_X)
+        query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        assert self.qkv.weight.shape == (query + 2 * key, hidden) and self.out.weight.shape == (hidden, query)
+        return kernels.run.GqaBlock(
+            _norm_arguments(self.norm),
+            _layer_arguments(self.qkv),
+            _layer_arguments(self.out),
+            tuple(address(one.weight_X) for one in self.heads) if self.heads else (0, 0),
             (config.heads, config.kv_heads, config.head_dim),
-            self._pairs,
+            self.pairs,
             bool(config.rope and config.rope.interleaved),
             config.scale,
             config.window or 0,
         )
 
-    def __call__(self, x_TD: Tensor, turns_TR: Tensor | None, cached: CachedKeys) -> Tensor:
-        """[T, D] -> [T, D]; turns_TR: see `apply_rope`. ValueError where the arguments do not fit the block."""
-        _check_input(x_TD, self._hidden, self._dtype)
-        tokens = x_TD.shape[0]
-        if turns_TR is not None and (turns_TR.shape != (tokens, self._pairs) or not turns_TR.is_contiguous()):
-            raise ValueError(f"turns have shape {list(turns_TR.shape)}, x {list(x_TD.shape)}")
-        if cached.rows_T.shape[0] != tokens or cached.queries.offsets[-1] != tokens:
-            raise ValueError(f"{tokens} tokens, {cached.rows_T.shape[0]} rows, {cached.queries.offsets[-1]} queries")
-        keys_XGP, values_XGP = cached.keys_XGP, cached.values_XGP
-        for part in (keys_XGP, values_XGP):
-            if part.shape[1:] != self._row or part.dtype != self._dtype or not part.is_contiguous():
-                raise ValueError(f"a cache of {part.dtype} {list(part.shape)} is not one of this block")
+
+@dataclass(frozen=True)
+class MLPBlock:
+    """x + down(act(gate(norm(x))) * up(norm(x)))."""
+
+    norm: Norm
+    gate_up: Layer
+    down: Layer
+    activation: str
+
+    @property
+    def fusable(self) -> bool:
+        """See `GQABlock.fusable`."""
+        return self.activation in COMPILED and _readable([self.norm], [self.gate_up, self.down])
+
+    def native(self, kernels: Kernels) -> Any:
+        """`MlpBlock` of csrc/kernels/block.h."""
+        hidden, inner = self.down.weight.shape
+        assert self.gate_up.weight.shape == (2 * inner, hidden) and hidden == len(self.norm.weight_X)
+        return kernels.run.MlpBlock(
+            _norm_arguments(self.norm),
+            _layer_arguments(self.gate_up),
+            _layer_arguments(self.down),
+            COMPILED[self.activation],
+        )
+
+
+AnyBlock = GQABlock | MLPBlock
+
+
+@dataclass(frozen=True)
+class KeyPlaces:
+    """Where the attention blocks' keys and values are: checked addresses, for as long as their tensors live."""
+
+    addresses: list[tuple[int, int]]
+    rows: int
+
+
+class BlockRun:
+    """Blocks that follow one another, all fusable and of one dtype."""
+
+    def __init__(self, kernels: Kernels, blocks: Sequence[AnyBlock]) -> None:
+        assert blocks and all(block.fusable for block in blocks)
+        self._blocks = list(blocks)  # keeps the weights alive
+        self._attention = [block for block in blocks if isinstance(block, GQABlock)]
+        self._like_1D = blocks[0].norm.weight_X[None]
+        assert all(block.norm.weight_X.dtype == self._like_1D.dtype for block in blocks)
+        self._run = kernels.run.run_blocks
+        self._native = kernels.run.Blocks([block.native(kernels) for block in blocks])
+
+    def places(self, caches: Sequence[tuple[Tensor, Tensor]]) -> KeyPlaces:
+        """Keys and values [rows, G, P] of each attention block in order. ValueError where they do not fit."""
+        for block, parts in zip(self._attention, caches, strict=True):
+            row = (block.config.kv_heads, block.config.head_dim)
+            for part in parts:
+                if part.shape[1:] != row or part.dtype != self._like_1D.dtype or not part.is_contiguous():
+                    raise ValueError(f"{part.dtype} {list(part.shape)} is not the cache of a block with keys of {row}")
+        rows = min((len(part) for parts in caches for part in parts), default=0)
+        return KeyPlaces([(address(keys), address(values)) for keys, values in caches], rows)
+
+    def __call__(
+        self,
+        x_TD: Tensor,
+        turns: Sequence[Tensor | None],
+        places: KeyPlaces,
+        rows_T: Tensor,
+        queries: Queries,
+        contexts: Contexts,
+    ) -> Tensor:
+        """[T, D] -> [T, D].
+
+        turns: of each attention block, see `apply_rope`; None without rope. rows_T: int64 cache rows of the tokens' own
+        keys, which are written. ValueError where anything does not fit, or a row or page is not in the cache.
+        """
+        tokens, hidden = x_TD.shape
+        like_1D = self._like_1D
+        if hidden != like_1D.shape[1] or x_TD.dtype != like_1D.dtype or not x_TD.is_contiguous():
+            raise ValueError(
+                f"x is {x_TD.dtype} {list(x_TD.shape)}, the blocks take {like_1D.dtype} [T, {like_1D.shape[1]}]"
+            )
+        if len(rows_T) != tokens or queries.offsets[-1] != tokens:
+            raise ValueError(f"{tokens} tokens, {len(rows_T)} rows, {queries.offsets[-1]} queries")
+        for block, of_block in zip(self._attention, turns, strict=True):
+            shape = (0, 0) if of_block is None else of_block.shape
+            if block.pairs and shape != (tokens, block.pairs):
+                raise ValueError(f"turns have shape {list(shape)}, not {[tokens, block.pairs]}")
         out_TD = torch.empty_like(x_TD)
         self._run(
-            self._block,
-            x_TD.data_ptr(),
-            out_TD.data_ptr(),
+            self._native,
+            address(x_TD),
+            address(out_TD),
             tokens,
-            address(turns_TR),
-            cached.rows_T.data_ptr(),
-            keys_XGP.data_ptr(),
-            values_XGP.data_ptr(),
-            min(keys_XGP.shape[0], values_XGP.shape[0]),
-            sequence_arguments(cached.queries, cached.contexts),
+            [address(of_block) for of_block in turns],
+            address(rows_T),
+            places.addresses,
+            places.rows,
+            sequence_arguments(queries, contexts),
             torch.get_num_threads(),
         )
         return out_TD
 
 
-class FusedMLP:
-    """x + down(act(gate(norm(x))) * up(norm(x)))."""
-
-    def __init__(self, kernels: Kernels, norm: Norm, gate_up: Layer, down: Layer, activation: str) -> None:
-        self._run, self._dtype, self._hidden = kernels.run.mlp_block, norm.weight_X.dtype, norm.weight_X.shape[0]
-        self._weights = (norm, gate_up, down)  # kept alive
-        self._block = kernels.run.MlpBlock(
-            _norm_arguments(norm), _layer_arguments(gate_up), _layer_arguments(down), COMPILED[activation]
-        )
-
-    def __call__(self, x_TD: Tensor) -> Tensor:
-        """[T, D] -> [T, D]. ValueError where x does not fit the block."""
-        _check_input(x_TD, self._hidden, self._dtype)
-        out_TD = torch.empty_like(x_TD)
-        self._run(self._block, x_TD.data_ptr(), out_TD.data_ptr(), x_TD.shape[0], torch.get_num_threads())
-        return out_TD
-
-
-def fuse_gqa(
-    config: GQAConfig,
-    norm: Norm,
-    qkv: Layer,
-    out: Layer,
-    heads: tuple[Norm, Norm] | None,
-    *,
-    isa: str | None = None,
-) -> FusedGQA | None:
-    """An attention block as one call; None where there are no compiled kernels, or none for its dtype and layout.
-
-    isa: the instruction set to use (None: the best).
-    """
-    kernels = _kernels(isa)
-    pairs = config.rope.dim // 2 if config.rope else 0
-    norms = [norm, *(heads or ())]
-    if kernels is None or pairs > MOST_PAIRS or not _fusable(norms, [qkv, out], norm.weight_X.dtype):
-        return None
-    width = (config.heads + 2 * config.kv_heads) * config.head_dim
-    assert qkv.weight.shape == (width, len(norm.weight_X))
-    assert out.weight.shape == (len(norm.weight_X), config.heads * config.head_dim)
-    return FusedGQA(kernels, config, norm, qkv, out, heads)
-
-
-def fuse_mlp(norm: Norm, gate_up: Layer, down: Layer, activation: str, *, isa: str | None = None) -> FusedMLP | None:
-    """A gated feed-forward block as one call; None as in `fuse_gqa`, or where its activation is not compiled."""
-    kernels = _kernels(isa)
-    if kernels is None or activation not in COMPILED or not _fusable([norm], [gate_up, down], norm.weight_X.dtype):
-        return None
-    outputs, inputs = down.weight.shape
-    assert gate_up.weight.shape == (2 * inputs, outputs) and outputs == len(norm.weight_X)
-    return FusedMLP(kernels, norm, gate_up, down, activation)
-
-
-def _kernels(isa: str | None) -> Kernels | None:
+def block_run(blocks: Sequence[AnyBlock], isa: str | None = None) -> BlockRun | None:
+    """The blocks as one call; None where there are no compiled kernels. isa: the instruction set (None: the best)."""
     usable = [kernels for kernels in instruction_sets() if isa in (None, kernels.isa)]
-    return usable[-1] if usable else None
+    return BlockRun(usable[-1], blocks) if usable else None
 
 
-def _fusable(norms: list[Norm], layers: list[Layer], dtype: torch.dtype) -> bool:
+def _readable(norms: list[Norm], layers: list[Layer]) -> bool:
     """Whether everything is of one supported dtype, on the CPU and laid out as the kernels read it."""
+    dtype = norms[0].weight_X.dtype
     vectors = [one.weight_X for one in norms] + [layer.bias for layer in layers if layer.bias is not None]
     return (
         dtype in _DTYPES
@@ -172,8 +200,3 @@ def _norm_arguments(norm: Norm) -> tuple[int, int, float, int]:
 
 def _layer_arguments(layer: Layer) -> tuple[int, ...]:
     return *weight_arguments(layer.weight), address(layer.bias)
-
-
-def _check_input(x_TD: Tensor, hidden: int, dtype: torch.dtype) -> None:
-    if x_TD.dim() != 2 or x_TD.shape[1] != hidden or x_TD.dtype != dtype or not x_TD.is_contiguous():
-        raise ValueError(f"x is {x_TD.dtype} {list(x_TD.shape)}, the block takes {dtype} [T, {hidden}]")

@@ -10,15 +10,15 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _accepts(x: Tensor, weight_X: Tensor, eps: float) -> bool:
-    return (
-        x.dtype in _DTYPES and weight_X.dtype == x.dtype and (x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1))
-    )
+    return x.dtype in _DTYPES and weight_X.dtype == x.dtype
 
 
 @compiled(rms_norm, _accepts)
 def _rms_norm(kernels: Kernels, x: Tensor, weight_X: Tensor, eps: float) -> Tensor:
     size = weight_X.shape[0]
     _check(x, weight_X)
+    if x.dim() != 2 or x.stride(1) != 1:
+        x = x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
     stride = x.stride(0) if x.dim() == 2 else size
     rows, threads = x.numel() // size, torch.get_num_threads()
@@ -28,7 +28,8 @@ def _rms_norm(kernels: Kernels, x: Tensor, weight_X: Tensor, eps: float) -> Tens
 
 
 def _accepts_sum(x_TX: Tensor, residual_TX: Tensor, weight_X: Tensor, eps: float) -> bool:
-    return _accepts(x_TX, weight_X, eps) and residual_TX.dtype == x_TX.dtype and residual_TX.is_contiguous()
+    inner = x_TX.stride(1) == 1 and residual_TX.is_contiguous()
+    return _accepts(x_TX, weight_X, eps) and residual_TX.dtype == x_TX.dtype and inner
 
 
 @compiled(add_rms_norm, _accepts_sum)

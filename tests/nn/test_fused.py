@@ -1,0 +1,146 @@
+"""Blocks as one compiled call against the same blocks in float64, step by step over a cache."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from compiled import ISAS, each_isa
+
+from foveal.cache.store import CacheStore, plan_cache
+from foveal.config import ModelConfig
+from foveal.config.formats import PAGE_SIZE
+from foveal.config.model import BlockConfig, GQAConfig, MLPConfig, RopeConfig
+from foveal.kernels.cpu.block import block_run
+from foveal.models.decoder import Decoder, Options
+from foveal.nn import fused
+from foveal.nn.batch import Batch
+from foveal.nn.fused import FusedRun, PlainPart
+from foveal.nn.step import FUSED_TOKENS
+
+VOCAB, HIDDEN = 50, 40
+PLAIN = GQAConfig(heads=6, kv_heads=2, head_dim=20, scale=0.2, rope=RopeConfig(dim=20, theta=1e4))
+ATTENTION = {
+    "plain": PLAIN,
+    "norms and biases": replace(PLAIN, qk_norm=True, qkv_bias=True, o_bias=True),
+    "window": replace(PLAIN, window=13),
+    "one key head, a part of it turned": replace(PLAIN, kv_heads=1, rope=RopeConfig(8, 1e4, interleaved=True)),
+    "no rope": replace(PLAIN, rope=None),
+}
+# New tokens of each sequence in each step; the first is a prefill, and one sequence joins later.
+STEPS = [[70, 3, 64], [1, 1, 1], [1, 20, 3], [1, 1, 1, 5], [1], [1, 1, 1, 1]]
+needs_kernels = pytest.mark.skipif(not ISAS, reason="no compiled kernels")
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3e-2}
+
+
+def make_config(attention: GQAConfig, other: GQAConfig, *, tied: bool, activation: str = "silu") -> ModelConfig:
+    feed_forward = MLPConfig(56, activation, bias=attention.o_bias)
+    layers = tuple((BlockConfig(mixer), BlockConfig(feed_forward)) for mixer in (attention, other))
+    return ModelConfig("test", VOCAB, HIDDEN, layers, norm_eps=1e-5, max_positions=512, tied_embeddings=tied)
+
+
+def make_decoders(config: ModelConfig, dtype: torch.dtype) -> tuple[Decoder, Decoder]:
+    """A random model in `dtype`, and the same weights in float64."""
+    decoder, exact = Decoder(config, Options(dtype)), Decoder(config, Options(torch.float64))
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            noise = torch.randn_like(parameter)
+            parameter.copy_(1 + 0.3 * noise if "norm" in name else noise * parameter.shape[-1] ** -0.5)
+    exact.load_state_dict(decoder.state_dict())
+    return decoder, exact
+
+
+def make_cache(config: ModelConfig, dtype: torch.dtype) -> CacheStore:
+    """A cache whose rows are NaN until they are written."""
+    store = CacheStore(plan_cache(config, dtype), pages=20, slots=0)
+    for layer in store.layers:
+        for block in layer:
+            for layout in block.paged if block else ():
+                layout.pages.fill_(torch.nan)
+    return store
+
+
+def make_batches() -> Iterator[Batch]:
+    """The batches of STEPS, with random tokens, on shuffled pages."""
+    pages = (torch.randperm(19) + 1).tolist()
+    lengths: dict[int, int] = {}
+    tables: dict[int, list[int]] = {}
+    for counts in STEPS:
+        tokens = [torch.randint(0, VOCAB, (count,)).tolist() for count in counts]
+        starts = [lengths.get(s, 0) for s in range(len(counts))]
+        for s, count in enumerate(counts):
+            lengths[s] = starts[s] + count
+            table = tables.setdefault(s, [])
+            while len(table) * PAGE_SIZE < lengths[s]:
+                table.append(pages.pop())
+        yield Batch.paged(tokens, starts, [tables[s] for s in range(len(counts))])
+
+
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_steps(isa: str, dtype: torch.dtype, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys written to the wrong row or read from one, a norm, bias, rope or window left out, another order."""
+    monkeypatch.setattr(fused, "block_run", partial(block_run, isa=isa))
+    config = make_config(ATTENTION[attention], PLAIN, tied=attention == "window")
+    decoder, exact = make_decoders(config, dtype)
+    decoder.pack()
+    assert [type(part) for part in decoder._parts] == [FusedRun]
+    ran = []
+    monkeypatch.setattr(FusedRun, "__call__", lambda *args, call=FusedRun.__call__: ran.append(1) or call(*args))
+    caches = make_cache(config, dtype), make_cache(config, torch.float64)
+    with torch.inference_mode():
+        for batch in make_batches():
+            result = decoder.step(batch, caches[0]).logits_LV.double()
+            expected = exact.step(batch, caches[1]).logits_LV.double()
+            assert (result - expected).norm() / expected.norm() < TOLERANCE[dtype]
+    assert len(ran) == sum(sum(counts) <= FUSED_TOKENS for counts in STEPS) > 0
+
+
+@needs_kernels
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_numbers(dtype: torch.dtype, quantization: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused form rounding at other places than the plain one, so that tokens depend on the batch they are in."""
+    config = make_config(ATTENTION["norms and biases"], ATTENTION["window"], tied=False)
+    decoder, _ = make_decoders(config, dtype)
+    if quantization:
+        decoder.quantise(quantization)
+    decoder.pack()
+    assert decoder._parts
+    caches = make_cache(config, dtype), make_cache(config, dtype)
+    with torch.inference_mode():
+        for batch in make_batches():
+            result = decoder.step(batch, caches[0]).logits_LV
+            with monkeypatch.context() as plain:
+                plain.setattr(decoder, "_parts", [])
+                expected = decoder.step(batch, caches[1]).logits_LV
+            assert torch.equal(result, expected)
+
+
+@needs_kernels
+def test_blocks_that_cannot_stay_plain() -> None:
+    """A block without a fused form that is skipped, or run with another's cache."""
+    config = make_config(PLAIN, PLAIN, tied=True, activation="gelu")
+    decoder, exact = make_decoders(config, torch.float32)
+    decoder.pack()
+    assert [type(part) for part in decoder._parts] == [FusedRun, PlainPart] * 2
+    caches = make_cache(config, torch.float32), make_cache(config, torch.float64)
+    with torch.inference_mode():
+        for batch in make_batches():
+            result = decoder.step(batch, caches[0]).logits_LV.double()
+            expected = exact.step(batch, caches[1]).logits_LV.double()
+            assert (result - expected).norm() / expected.norm() < TOLERANCE[torch.float32]
+
+
+def test_gradients_and_unpacked_models_take_the_plain_way() -> None:
+    """The fused form, which has no gradients, where they are asked for."""
+    config = make_config(PLAIN, PLAIN, tied=True)
+    decoder, _ = make_decoders(config, torch.float32)
+    assert decoder._parts == []
+    decoder.pack()
+    cache = make_cache(config, torch.float32)
+    (first, *_) = make_batches()
+    batch = replace(first, wanted_L=torch.tensor([0]))
+    assert decoder.step(batch, cache).logits_LV.requires_grad
