@@ -10,7 +10,8 @@ namespace foveal::FOVEAL_ISA {
 namespace {
 
 constexpr int64_t ITEM_BYTES = 64 << 10;  // of weights: less is not worth another thread
-constexpr int64_t ITEM_ROWS = 256;        // of activations
+constexpr int64_t ITEM_ROWS = 256;        // of activations, and
+constexpr int64_t ITEM_OUTPUTS = 128;     // of their products: as many as L2 holds beside what they are made of
 
 template <class Number>
 void finish(const Linear& call, const float* c, int64_t c_stride, int64_t row, int64_t rows, int64_t first, int64_t count) {
@@ -26,13 +27,20 @@ void finish(const Linear& call, const float* c, int64_t c_stride, int64_t row, i
   }
 }
 
+// Outputs of an item: whole registers, whole panels.
+int64_t item_outputs(const Linear& call) {
+  if (call.rows > FEW) return ITEM_OUTPUTS;
+  const int64_t outputs = call.weight.outputs;
+  if (call.threads == 1) return round_up(outputs, 32);
+  const int64_t least = ITEM_BYTES / row_bytes(call.weight) + 1, share = outputs / (4 * call.threads) + 1;
+  return round_up(least > share ? least : share, 32);
+}
+
 template <class Number>
 void run(const Linear& call) {
   const Weight& weight = call.weight;
   Activations a = layout(weight);
-  const int64_t prepared = bytes_of(a, call.rows);
-  const int64_t least = ITEM_BYTES / (row_bytes(weight) + 1) + 1, share = weight.outputs / (4 * call.threads) + 1;
-  const int64_t count = round_up(call.threads == 1 && call.rows <= FEW ? weight.outputs : least > share ? least : share, 32);
+  const int64_t prepared = bytes_of(a, call.rows), count = item_outputs(call);
   const int64_t rows = call.rows < ITEM_ROWS ? call.rows : ITEM_ROWS;
   const int64_t each = rows * count + product_scratch(weight, a, rows) + 32;  // floats of a thread
   Scratch scratch(prepared + call.threads * (each * 4 + 64) + 128);

@@ -87,6 +87,12 @@ def test_threads_change_nothing(isa: str, kind: str) -> None:
         torch.set_num_threads(1)
 
 
+def test_no_inputs() -> None:
+    """A division by the length of a row: the bias alone is left."""
+    bias = torch.randn(3)
+    assert torch.equal(linear(torch.randn(2, 0), torch.randn(3, 0), bias), bias.expand(2, 3))
+
+
 @each_isa
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_part_of_a_row(isa: str, kind: str) -> None:

@@ -16,6 +16,7 @@ def _accepts(
     return (
         activation is silu
         and x_TD.dtype in DTYPES
+        and x_TD.shape[1] > 0
         and x_TD.stride(1) == 1
         and _is_stack(gate_up, x_TD.dtype)
         and _is_stack(down, x_TD.dtype)
@@ -28,7 +29,7 @@ def _accepts(
 
 
 def _is_stack(stack: Stack, dtype: torch.dtype) -> bool:
-    return isinstance(stack, Tensor | QuantisedWeight) and takes_weight(stack, dtype, 3)
+    return isinstance(stack, Tensor | QuantisedWeight) and takes_weight(stack, dtype, 3) and stack.shape[2] > 0
 
 
 @compiled(experts, _accepts)

@@ -31,6 +31,7 @@ def _accepts(x_TX: Tensor, weight: Weight, bias: Tensor | None = None) -> bool:
     return (
         x_TX.dtype in DTYPES
         and x_TX.dim() == 2
+        and x_TX.shape[1] > 0
         and x_TX.stride(1) == 1
         and takes_weight(weight, x_TX.dtype)
         and (bias is None or (bias.dtype == x_TX.dtype and bias.is_contiguous()))
