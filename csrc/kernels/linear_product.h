@@ -68,9 +68,8 @@ inline int64_t product_scratch(const Weight& weight, const Activations& a, int64
 // what stands between `count` and the next multiple is overwritten.
 inline void product(const Weight& weight, const Activations& a, int64_t row, int64_t rows, int64_t first, int64_t count,
                     float* c, int64_t c_stride, float* scratch) {
-  // Short rows are soon followed by the next ones, long ones by themselves.
-  const int64_t strip = row_bytes(weight) * ROWS_AT_ONCE;
-  const Corner at{weight, a, first, row, c, c_stride, strip < 4096 ? strip : 1024, scratch};
+  // The next few rows are fetched while these are read: processors foresee a long stream, but not where a row ends.
+  const Corner at{weight, a, first, row, c, c_stride, row_bytes(weight) * ROWS_AT_ONCE, scratch};
   Word* words = reinterpret_cast<Word*>(scratch);
   switch (weight.coding) {
     case Coding::f32:
