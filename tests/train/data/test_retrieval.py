@@ -44,8 +44,9 @@ def answer_spans(marked: np.ndarray) -> list[tuple[int, int]]:
 def test_the_passkey_is_asked_for_at_the_end(tokenizer: PreTrainedTokenizerBase) -> None:
     """The answer is the number of the needle, and the needle lies anywhere."""
     depths = []
+    source = rows(tokenizer, ["passkey"], min_length=700)
     for number in range(30):
-        for ids in rows(tokenizer, ["passkey"], min_length=700).row(number).sequences:
+        for ids in source.row(number).sequences:
             text = tokenizer.decode(ids)
             needle = text.index("The pass key is ")
             value = text[needle + 16 : needle + 21]

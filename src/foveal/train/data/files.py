@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,7 +58,7 @@ def documents(path: Path, field: str, separator: str, advance: Advance = lambda 
                 done = raw.tell()
                 if document := document.strip("\r\n"):
                     yield document
-        except (ValueError, gzip.BadGzipFile, EOFError) as error:
+        except (ValueError, gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise ValueError(f"{path}: {error}") from None
         advance(raw.tell() - done)
 
@@ -89,7 +90,10 @@ def _json_lines(file: io.TextIOBase, field: str) -> Iterator[str]:
 
 
 def content_hash(paths: Iterable[Path], cache: Path) -> str:
-    """A hash of what the files hold, and of how they are read, in order. `cache`/files.json remembers each file's, by size and time."""
+    """A hash of what the files hold, in order, and of how they are read.
+
+    `cache`/files.json remembers each file's, by size and time.
+    """
     memory = cache / "files.json"
     try:
         known = json.loads(memory.read_text(encoding="utf-8"))
