@@ -75,8 +75,8 @@ def read_recipe(path: str | Path, schema: type[T], overrides: Sequence[str] = ()
 
 
 def explain(schema: type[Any]) -> str:
-    """Every key of a schema with its meaning, type, range and default, in the form of a recipe; keys that have no default
-    and may be left out stand in comments."""
+    """Every key of a schema with its meaning, type, range and default, in the form of a recipe. Keys that have no
+    default and may be left out stand in comments."""
     return "\n".join(_explain(schema, "", many=False)).strip() + "\n"
 
 
