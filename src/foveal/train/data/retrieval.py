@@ -193,7 +193,7 @@ class RetrievalRows:
     def _facts(
         self, dice: Random, length: int, form: tuple[str, str], *, room: float, most: int, asked: float
     ) -> _Draft:
-        """Facts of one form about different keys, as many as there is room for; the last questions are about up to 8."""
+        """Facts of one form about different keys, as many as there is room for; up to 8 are asked for at the end."""
         needle, question = form
         facts = _facts(dice, "uuid" if form is words.MAGIC and dice.random() < 0.2 else "number")
         told = [next(facts)]
