@@ -30,9 +30,9 @@ def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
 
 def test_sources_are_named_by_kind_and_number(tmp_path: Path) -> None:
     """Logs need a name for each."""
-    (tmp_path / "a.toml").write_text("[[text]]\nfiles=['a']\n[[text]]\nfiles=['b']\nname='b'\nweight=2\n[[retrieval]]")
+    (tmp_path / "a.toml").write_text("[[text]]\nfiles=['a']\n[[text]]\nfiles=['b']\nname='b'\n[[retrieval]]")
     settings = read_recipe(tmp_path / "a.toml", DataSettings)
-    assert settings.names == ("text0", "b", "retrieval0") and settings.weights == (1.0, 2.0, 1.0)
+    assert settings.names == ("text0", "b", "retrieval0")
 
 
 def test_every_key_is_explained() -> None:

@@ -101,8 +101,3 @@ class DataSettings:
         texts = (source.name or f"text{i}" for i, source in enumerate(self.text))
         made_up = (source.name or f"retrieval{i}" for i, source in enumerate(self.retrieval))
         return (*texts, *made_up)
-
-    @property
-    def weights(self) -> tuple[float, ...]:
-        """Each source's weight, in the order of `names`."""
-        return (*(source.weight for source in self.text), *(source.weight for source in self.retrieval))
