@@ -39,23 +39,13 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Hidden:
-    """What a step computes before the head."""
-
-    x_LD: Tensor
-    """The wanted rows after the last norm, in the model's dtype."""
-    collected: dict[str, list[Any]]
-    """What the batch asked to collect, by layer: "selection" int32 [T, K] or None, "experts" int64 [T, A]."""
-
-
-@dataclass(frozen=True)
 class Output:
     """What a step returns."""
 
     logits_LV: Tensor
     """float32, the wanted rows."""
     collected: dict[str, list[Any]]
-    """As in `Hidden`."""
+    """What the batch asked to collect, by layer: "selection" int32 [T, K] or None, "experts" int64 [T, A]."""
 
 
 class Decoder(nn.Module):
@@ -79,11 +69,6 @@ class Decoder(nn.Module):
 
     def step(self, batch: Batch, cache: CacheStore | None = None) -> Output:
         """Compute a batch: keys and states go to the cache, where there is one."""
-        hidden = self.hidden(batch, cache)
-        return Output(self.logits(hidden.x_LD), hidden.collected)
-
-    def hidden(self, batch: Batch, cache: CacheStore | None = None) -> Hidden:
-        """`step` before the head, for those who need the logits of many rows a tile at a time."""
         step = Step.of(batch)
         x_TD = self.embed_tokens(batch.ids_T)
         if cache and self._parts and step.fusable:
@@ -94,14 +79,7 @@ class Decoder(nn.Module):
                 x_TD = layer(x_TD, step, cache.layers[index] if cache else None)
         if batch.wanted_L is not None:
             x_TD = x_TD[batch.wanted_L]
-        return Hidden(self.norm(x_TD), step.collected)
-
-    def logits(self, x_LD: Tensor) -> Tensor:
-        """float32 [L, V], of rows that `hidden` gave."""
-        if not self.config.tied_embeddings:
-            logits: Tensor = self.lm_head(x_LD)
-            return logits.float()
-        return linear(x_LD, self.embed_tokens.weight if self._packed_head is None else self._packed_head).float()
+        return Output(self._head(self.norm(x_TD)).float(), step.collected)
 
     def pack(self) -> None:
         """Trade readable weights for faster ones, for inference: no more gradients, no more saving."""
@@ -127,6 +105,12 @@ class Decoder(nn.Module):
         """The rounded copy of the embeddings, where they serve as the head."""
         if self.config.tied_embeddings:
             self._packed_head = quantise_weight(self.embed_tokens.weight, quantization)
+
+    def _head(self, x_LD: Tensor) -> Tensor:
+        if not self.config.tied_embeddings:
+            logits: Tensor = self.lm_head(x_LD)
+            return logits
+        return linear(x_LD, self.embed_tokens.weight if self._packed_head is None else self._packed_head)
 
 
 class Layer(nn.Module):
