@@ -40,12 +40,12 @@ class LLM:
     ' Paris...'
 
     `model` is a directory, a .gguf file, a Hub id or an alias; or a `Decoder`, which stays as it is: options of loading
-    (`dtype`, `device`, `index_dtype`, `mla_form`, `quantization`) are then not for here, and it needs its `tokenizer`
-    or `skip_tokenizer_init`. `dtype` (of the weights; "auto": the checkpoint's), `kv_cache_dtype` (of latents) and
-    `index_dtype` (of index keys) are names or torch dtypes; torch.float8_e4m3fn is "fp8". `mla_form`: how latent
-    attention is computed: "expanded", "absorbed", or "auto", the cheaper one for each
-    sequence. `quantization`: "int8" or "int4" rounds the weights while they are loaded; activations keep their dtype
-    (CPU only; see `Decoder.quantise`).
+    (`dtype`, `device`, `index_dtype`, `mla_form`, `quantization`, `adapter`) are then not for here, and it needs its
+    `tokenizer` or `skip_tokenizer_init`. `dtype` (of the weights; "auto": the checkpoint's), `kv_cache_dtype` (of
+    latents) and `index_dtype` (of index keys) are names or torch dtypes; torch.float8_e4m3fn is "fp8". `mla_form`: how
+    latent attention is computed: "expanded", "absorbed", or "auto", the cheaper one for each sequence. `quantization`:
+    "int8" or "int4" rounds the weights while they are loaded; activations keep their dtype
+    (CPU only; see `Decoder.quantise`). `adapter`: a directory with indexers for a dense model (`foveal train`).
     `max_model_len`: most tokens of a prompt and its completion (None: the model's). `max_num_seqs` sequences
     run at a time, and a step computes at most `max_num_batched_tokens` tokens. `kv_cache_memory`: bytes of the cache
     (None: a share of the memory that is free, and no more than `max_num_seqs` sequences of `max_model_len` tokens
@@ -72,6 +72,7 @@ class LLM:
         index_dtype: str | torch.dtype = "auto",
         mla_form: str = "auto",
         quantization: str | None = None,
+        adapter: str | Path | None = None,
         seed: int = 0,
         enforce_eager: bool = False,
         tokenizer: Any = None,
@@ -83,6 +84,7 @@ class LLM:
             "index_dtype": dtype_name(index_dtype),
             "mla_form": mla_form,
             "quantization": quantization,
+            "adapter": adapter,
         }
         if isinstance(model, Decoder):
             _check_loaded(loading, tokenizer is not None or skip_tokenizer_init)
@@ -248,9 +250,9 @@ def _model_length(asked: int | None, most: int) -> int:
 
 def _check_loaded(loading: dict[str, Any], has_tokenizer: bool) -> None:
     """Refuse what a model that is loaded already cannot be given any more."""
-    plain = {"dtype": "auto", "device": "cpu", "index_dtype": "auto", "mla_form": "auto", "quantization": None}
+    plain = {"dtype": "auto", "device": "cpu", "index_dtype": "auto", "mla_form": "auto"}
     for name, value in loading.items():
-        if value != plain[name]:
+        if value != plain.get(name):
             raise ValueError(f"{name} = {value!r} is for loading a model, and this one is loaded already")
     if not has_tokenizer:
         raise ValueError("a model that is loaded already needs its tokenizer, or skip_tokenizer_init = True")
