@@ -78,10 +78,11 @@ class LLM:
         tokenizer: Any = None,
         skip_tokenizer_init: bool = False,
     ) -> None:
+        index_name = dtype_name(index_dtype)
         loading: dict[str, Any] = {
             "dtype": dtype,
             "device": device,
-            "index_dtype": dtype_name(index_dtype),
+            "index_dtype": index_name,
             "mla_form": mla_form,
             "quantization": quantization,
             "adapter": adapter,
@@ -89,6 +90,7 @@ class LLM:
         if isinstance(model, Decoder):
             _check_loaded(loading, tokenizer is not None or skip_tokenizer_init)
             decoder, path = model, None
+            device, index_name = model.embed_tokens.weight.device, model.options.index_dtype
         else:
             path = resolve_model(str(model))
             tokenizer = None if skip_tokenizer_init else tokenizer or _tokenizer(path)
@@ -96,10 +98,9 @@ class LLM:
             if not enforce_eager:
                 decoder.pack()
         self.tokenizer = None if skip_tokenizer_init else tokenizer
-        device = decoder.embed_tokens.weight.device
         config = decoder.config
         length = _model_length(max_model_len, config.max_positions)
-        plan = plan_cache(config, decoder.options.dtype, dtype_name(kv_cache_dtype), decoder.options.index_dtype)
+        plan = plan_cache(config, decoder.options.dtype, dtype_name(kv_cache_dtype), index_name)
         demand = CacheDemand(max_num_seqs, length, whole=max_model_len is not None)
         pages = cache_pages(plan, demand, kv_cache_memory, device)
         slots = max_num_seqs + 1 if plan.has_slots else 0
