@@ -23,6 +23,8 @@ class Answer:
     sample: Sample
     text: str
     """What the model wrote; "" where it was not asked to."""
+    tokens: int
+    """Of prompt and answer."""
     score: float
     """0 to 1: the share of references in the text; teacher-forced: whether every token of the answer was foreseen."""
 
@@ -66,8 +68,9 @@ def generate_answers(
         for sample, output in zip(group, llm.generate([sample.prompt for sample in group], params), strict=True):
             if output.error is not None:
                 raise ValueError(f"{sample.task} at {sample.length} tokens: {output.error}")
-            text = output.outputs[0].text
-            answers.append(Answer(sample, text, sample.score(text)))
+            written = output.outputs[0]
+            tokens = len(output.prompt_token_ids) + len(written.token_ids)
+            answers.append(Answer(sample, written.text, tokens, sample.score(written.text)))
             if advance:
                 advance(sample.length)
     return answers
@@ -90,7 +93,7 @@ def force_answers(
     prefill = Prefill(decoder, length, kv_cache_dtype=kv_cache_dtype, dense=dense)
     answers = []
     for sample, (ids, start) in zip(samples, split, strict=True):
-        answers.append(Answer(sample, "", float(_foreseen(prefill, ids, start))))
+        answers.append(Answer(sample, "", len(ids), float(_foreseen(prefill, ids, start))))
         if advance:
             advance(sample.length)
     return answers
