@@ -127,6 +127,36 @@ class Result:
         """Mean scores by task, length and depth."""
         return [cell for answers in self.answers.values() for cell in cells(answers)]
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: what was measured, and each answer."""
+        record: dict[str, Any] = {"name": self.name}
+        if self.selection:
+            record |= {"selection": self.selection.kind, "topk": self.selection.topk}
+        if self.perplexity:
+            record["ppl"] = {**_ppl(self.perplexity), "bits_per_byte": self.bits_per_byte}
+        if self.answers:
+            record["scores"] = [cell.as_dict() for cell in self.cells()]
+            record["answers"] = [_answer(answer) for answers in self.answers.values() for answer in answers]
+        if self.recall is not None:
+            record["recall"] = [quality.as_dict() for quality in self.recall]
+        return record | {"costs": [cost.as_dict() for cost in self.costs]}
+
+
+def _ppl(perplexity: Perplexity) -> dict[str, Any]:
+    return {"all": perplexity.whole.as_dict(), "positions": [bucket.as_dict() for bucket in perplexity.buckets]}
+
+
+def _answer(answer: Answer) -> dict[str, Any]:
+    sample = answer.sample
+    return {
+        "task": sample.task,
+        "length": sample.length,
+        "depth": sample.depth,
+        "expected": sample.answer,
+        "written": answer.text,
+        "score": answer.score,
+    }
+
 
 def run(
     name: str,
@@ -207,8 +237,15 @@ class Difference:
     name: str
     base: str
     perplexity: Perplexity | None
-    """See `perplexity.difference`."""
+    """See `perplexity.difference`: "perplexity" is a ratio."""
     cells: list[Cell]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        record: dict[str, Any] = {"name": self.name, "less": self.base}
+        if self.perplexity:
+            record["ppl"] = _ppl(self.perplexity)
+        return record | {"scores": [cell.as_dict() for cell in self.cells]}
 
 
 def compare(result: Result, base: Result, edges: Sequence[int] | None = None) -> Difference:
