@@ -126,6 +126,8 @@ def evaluate(
     }
     subject = _subject(model, loading)
     base = None if against is None else _subject(against, {})
+    if base is not None and base.name == subject.name:
+        base = replace(base, name=f"{base.name} as it is")
     job = Job(
         tasks=_tasks(tasks, subject.config, text is not None),
         lengths=_lengths(lengths, [one.config for one in (subject, base) if one]),
@@ -159,7 +161,7 @@ def _subject(name: str, loading: dict[str, Any]) -> _Subject:
     from foveal.models.resolve import resolve_model
 
     path = resolve_model(name)
-    return _Subject(name, path, open_checkpoint(path, loading.get("adapter")).config, loading)
+    return _Subject(Path(name).name, path, open_checkpoint(path, loading.get("adapter")).config, loading)
 
 
 def _tasks(asked: str | None, config: "ModelConfig", has_text: bool) -> tuple[str, ...]:

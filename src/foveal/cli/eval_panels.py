@@ -28,6 +28,11 @@ class Panel:
     share: bool
     """The vertical axis goes from 0 to 1."""
 
+    def ticks(self) -> list[float]:
+        """Where the horizontal axis is labelled: where there are values, at ten of them at most."""
+        xs = sorted({x for line in self.lines for x in line.xs})
+        return xs[:: -(-len(xs) // 10)]
+
 
 def panels(results: Sequence[Result]) -> list[Panel]:
     """A plot for each kind of measurement that there is."""

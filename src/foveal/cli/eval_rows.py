@@ -22,27 +22,25 @@ _HEADS = {
 
 
 def sections(results: Sequence[Result], differences: Sequence[Difference]) -> list[Section]:
-    """All that was measured, and what it cost."""
+    """All that was measured, and what it cost. The differences are those of all results but the first to it."""
+    beside = [None, *differences]
     found = []
     if any(result.perplexity for result in results):
-        found.append(_perplexity(results, differences))
+        found.append(_perplexity(results, beside))
     if any(result.answers for result in results):
-        found.append(_scores(results, differences))
+        found.append(_scores(results, beside))
     found += [_recall(result) for result in results if result.recall]
     return [*found, _costs(results)]
 
 
-def _perplexity(results: Sequence[Result], differences: Sequence[Difference]) -> Section:
+def _perplexity(results: Sequence[Result], beside: Sequence[Difference | None]) -> Section:
     """A column for each result, and for each but the first by how much its perplexity is higher."""
     columns: list[tuple[str, Perplexity, Callable[[Bucket], str]]] = []
-    for result in results:
-        if result.perplexity:
-            columns.append((result.name, result.perplexity, _ppl_cell))
-        columns += [
-            (f"less {one.base}", one.perplexity, _gap_cell)
-            for one in differences
-            if one.name == result.name and one.perplexity
-        ]
+    for result, less in zip(results, beside, strict=True):
+        assert result.perplexity
+        columns.append((result.name, result.perplexity, _ppl_cell))
+        if less and less.perplexity:
+            columns.append((f"less {less.base}", less.perplexity, _gap_cell))
     rows = [
         (
             f"{bucket.start} to {bucket.stop - 1}",
@@ -67,11 +65,12 @@ def _gap_cell(bucket: Bucket) -> str:
     return f"{_with_error(100 * (bucket.perplexity - 1), None if error is None else 100 * error, 2, '+')} %"
 
 
-def _scores(results: Sequence[Result], differences: Sequence[Difference]) -> Section:
+def _scores(results: Sequence[Result], beside: Sequence[Difference | None]) -> Section:
     columns: list[tuple[str, list[Cell], str]] = []
-    for result in results:
+    for result, less in zip(results, beside, strict=True):
         columns.append((result.name, result.cells(), ""))
-        columns += [(f"less {one.base}", one.cells, "+") for one in differences if one.name == result.name]
+        if less:
+            columns.append((f"less {less.base}", less.cells, "+"))
     rows = []
     for place, cell in enumerate(columns[0][1]):
         depth = _NONE if cell.depth is None else f"{cell.depth:.2f}"

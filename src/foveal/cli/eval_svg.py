@@ -55,7 +55,7 @@ def _panel(panel: Panel) -> str:
         y = down(tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for x in xs[:: -(-len(xs) // 10)]:
+    for x in panel.ticks():
         place, y = across(turn(x)), _TOP + _PLOT + 16
         parts.append(f'<text x="{place:.1f}" y="{y}" text-anchor="middle">{x:.0f}</text>')
     x, y = _WIDTH - _RIGHT, _TOP + _PLOT + 32
