@@ -1,7 +1,6 @@
 """What a stage minimises: from a batch to gradients and figures."""
 
 from collections import Counter
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -104,10 +103,10 @@ class Objective:
         return losses
 
 
-def target_weights(batch: TrainingBatch) -> Iterator[Tensor]:
-    """For each sequence, float32: what its token t counts as one that has to tell token t + 1; the last one has none."""
+def target_weights(batch: TrainingBatch) -> list[Tensor]:
+    """For each sequence, float32: how much its token t counts in telling token t + 1; the last one counts nothing."""
     weights = batch.loss_weights or [torch.ones(len(ids)) for ids in batch.sequences]
-    return (pad(weights_N[1:], (0, 1)) for weights_N in weights)
+    return [pad(weights_N[1:], (0, 1)) for weights_N in weights]
 
 
 def _teacher(name: str | None, decoder: Decoder) -> Decoder:

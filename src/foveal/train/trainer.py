@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from foveal.costs.macs import training_flops
@@ -108,14 +107,14 @@ class Trainer:
         progress.base_learned |= learner.teaches_base
         rows = (stage.micro_tokens or stage.context) // stage.context
         flops = training_flops(self.decoder.config, stage.context, dense=KINDS[stage.kind].dense)
-        saved, began = time.monotonic(), time.monotonic()
-        while progress.step < stage.steps:
+        saved = time.monotonic()
+        for step in range(progress.step, stage.steps):
             start = time.monotonic()
             values = objective.accumulate(next(feed), rows)
-            values |= learner.update(progress.step)
+            values |= learner.update(step)
             objective.balance()
             seconds = time.monotonic() - start
-            progress.step += 1
+            progress.step = step + 1
             progress.update += 1
             progress.tokens += stage.tokens_per_step
             progress.seconds += seconds
