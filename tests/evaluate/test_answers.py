@@ -89,10 +89,10 @@ class Greedy:
 
 def test_the_answer_begins_where_the_tokens_differ() -> None:
     """Guards against answers whose first token was already in the prompt."""
-    ids, start = split_answer(Greedy(), Sample("a bc", " de fg", ("de",)))
+    ids, start = split_answer(Greedy(), Sample("a bc", " de fg hi", ("fg", "de")))
     assert (len(ids), start) == (4, 2)
     # The prompt's last token grows: the answer begins with it.
-    ids, start = split_answer(Greedy(), Sample("a bc", "de fg", ("de",)))
+    ids, start = split_answer(Greedy(), Sample("a bc", "de fg.", ("fg",)))
     assert (len(ids), start) == (3, 1)
 
 

@@ -7,7 +7,7 @@ import torch
 from oracle import make_oracle
 
 from foveal import load_model
-from foveal.evaluate.recall import kept_share, overlap, selection_quality
+from foveal.evaluate.recall import kept_share, over_layers, overlap, selection_quality
 from foveal.evaluate.selecting import Selection, selecting
 from foveal.evaluate.text import Window
 from foveal.kernels import divergence
@@ -87,6 +87,16 @@ def index_score_matrices(model: torch.nn.Module, ids: torch.Tensor) -> list[torc
 
     model.step(Batch.packed(ids, dense=True), watch=watch)
     return matrices
+
+
+def test_means_leave_out_what_is_not_there(tmp_path: Path, windows: list[Window]) -> None:
+    make_oracle("deepseek_v32", tmp_path)
+    first, second, third = qualities = selection_quality(load_model(tmp_path), windows)
+    means = over_layers(qualities)
+    assert means["recall"] == pytest.approx((first.recall.mean + second.recall.mean + third.recall.mean) / 3)
+    assert second.layer_overlap and third.layer_overlap
+    assert means["layer_overlap"] == pytest.approx((second.layer_overlap.mean + third.layer_overlap.mean) / 2)
+    assert "layer_overlap" not in over_layers([first])
 
 
 def test_the_model_runs_as_it_does(tmp_path: Path, windows: list[Window]) -> None:

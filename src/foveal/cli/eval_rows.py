@@ -6,7 +6,7 @@ from foveal.cli.plan_rows import Section, byte_size, whole
 from foveal.evaluate.answers import Cell
 from foveal.evaluate.estimate import Estimate
 from foveal.evaluate.perplexity import Bucket, Perplexity
-from foveal.evaluate.recall import MEASURES
+from foveal.evaluate.recall import MEASURES, over_layers
 from foveal.evaluate.suite import Difference, Result
 
 _NONE = "–"
@@ -85,6 +85,8 @@ def _recall(result: Result) -> Section:
         (str(quality.layer), *(_estimate(getattr(quality, name), 3) for name in MEASURES))
         for quality in result.recall or ()
     ]
+    means = over_layers(result.recall or ())
+    rows.append(("mean", *(f"{means[name]:.3f}" if name in means else _NONE for name in MEASURES)))
     title = f"Attention on the selected tokens, by indexer ({result.name})"
     return Section(title, ("indexer", *(_HEADS[name] for name in MEASURES)), tuple(rows))
 

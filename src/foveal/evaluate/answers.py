@@ -100,9 +100,9 @@ def force_answers(
 
 
 def split_answer(tokenizer: Any, sample: Sample) -> tuple[list[int], int]:
-    """The token ids of prompt and answer in one, and where the answer begins: the first token that the prompt alone
-    would not have had."""
-    prompt, whole = list(tokenizer.encode(sample.prompt)), list(tokenizer.encode(sample.prompt + sample.answer))
+    """The token ids of prompt and answer (as far as it is needed), and where the answer begins: the first token that
+    the prompt alone would not have had."""
+    prompt, whole = list(tokenizer.encode(sample.prompt)), list(tokenizer.encode(sample.prompt + sample.needed))
     pairs = zip(prompt, whole, strict=False)
     start = next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(prompt), len(whole)))
     assert 0 < start < len(whole), (sample.task, start)

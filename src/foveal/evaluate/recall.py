@@ -53,6 +53,12 @@ class LayerQuality:
         return {"layer": self.layer} | {name: one and one.as_dict() for name, one in estimates.items()}
 
 
+def over_layers(qualities: Sequence[LayerQuality]) -> dict[str, float]:
+    """The mean of every measure over the layers that have it."""
+    found = {name: [getattr(one, name).mean for one in qualities if getattr(one, name)] for name in MEASURES}
+    return {name: sum(values) / len(values) for name, values in found.items() if values}
+
+
 @torch.no_grad()
 def selection_quality(
     decoder: Decoder,

@@ -12,7 +12,7 @@ from foveal.engine import LLM
 from foveal.evaluate.answers import DEPTHS, Answer, Cell, cells, force_answers, generate_answers, make_samples
 from foveal.evaluate.cost import Cost, measured
 from foveal.evaluate.perplexity import Advance, Perplexity, by_position, checked_edges, difference, window_losses
-from foveal.evaluate.recall import LayerQuality, selection_quality
+from foveal.evaluate.recall import LayerQuality, over_layers, selection_quality
 from foveal.evaluate.selecting import Selection, selecting
 from foveal.evaluate.tasks import NOISE, RULER, TASKS, Haystack, Sample, Setting
 from foveal.evaluate.text import Window, cut_windows
@@ -23,6 +23,9 @@ MEASURED = ("ppl", "recall", *TASKS)
 
 # Windows or samples (of each task, length and depth), where the caller does not say how many.
 _WINDOWS, _RECALL_WINDOWS, _SAMPLES, _SAMPLES_AT_DEPTH = 8, 2, 10, 2
+
+# Characters of a text that hide needles: more would only take longer to cut into sentences.
+_HAYSTACK = 1 << 22
 
 Begin = Callable[[str, int], Advance]
 """Told that a task of so many tokens begins; what it returns is told how far it is."""
@@ -86,7 +89,7 @@ def prepare(job: Job, tokenizer: Any) -> Data:
     for task, most in (("ppl", _WINDOWS), ("recall", _RECALL_WINDOWS)):
         if task in job.tasks:
             windows[task] = cut_windows(documents, tokenizer, longest, job.limit or most)
-    haystack = Haystack.of_text("\n".join(documents)) if documents else NOISE
+    haystack = Haystack.of_text("\n".join(documents)[:_HAYSTACK]) if documents else NOISE
     samples = {name: _samples(job, name, haystack, tokenizer) for name in job.tasks if name in TASKS}
     return Data(windows.get("ppl", ()), windows.get("recall", ()), samples)
 
@@ -139,6 +142,7 @@ class Result:
             record["answers"] = [_answer(answer) for answers in self.answers.values() for answer in answers]
         if self.recall is not None:
             record["recall"] = [quality.as_dict() for quality in self.recall]
+            record["mean_recall"] = over_layers(self.recall)
         return record | {"costs": [cost.as_dict() for cost in self.costs]}
 
 

@@ -12,6 +12,8 @@ from typing import Any
 SEPARATOR = "<|endoftext|>"
 # Characters that are tokenized at a time: all of a long text would take long before the first window is known.
 _PIECE = 1 << 18
+# Tokens that a tokenizer may have put around or into a text without a byte of it.
+_EXTRA = 16
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ def cut_windows(documents: Sequence[str], tokenizer: Any, length: int, limit: in
     if limit is not None and limit < 1:
         raise ValueError(f"the number of windows must be at least 1, not {limit}")
     for least in (length, 2):
-        streams = [_windows(document, tokenizer, length, least) for document in documents]
+        # A token has at least a byte: many short documents need not be tokenized to be left out.
+        streams = [_windows(one, tokenizer, length, least) for one in documents if len(one.encode()) + _EXTRA >= least]
         windows = list(islice(_in_turn(streams), limit))
         if windows:
             return windows

@@ -26,6 +26,11 @@ class Sample:
     max_tokens: int = 0
     """Tokens that the answer was given."""
 
+    @property
+    def needed(self) -> str:
+        """The answer up to its last reference: a full stop more or less is no mistake."""
+        return self.answer[: max(self.answer.rindex(one) + len(one) for one in self.references)]
+
     def score(self, text: str) -> float:
         """The share, 0 to 1, of the references that are in the text, in any case of letters (RULER's recall)."""
         lowered = text.lower()
