@@ -7,7 +7,14 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from oracle import make_oracle
+
+from foveal import load_model
+from foveal.config import read_config
+from foveal.config.indexers import with_indexers
+from foveal.models import Decoder
+from foveal.models.adapter import AdapterConfig, fingerprint, save_adapter
 
 _TEXT = "The quick brown fox jumps over the lazy dog. It was a dark and stormy night; the rain fell. " * 20
 
@@ -109,6 +116,34 @@ def test_another_model(run: Any, tiny_model: str, sparse_model: str, text: str) 
     assert base["name"] == Path(tiny_model).name and "recall" not in base
     assert result["name"] == Path(sparse_model).name and len(result["recall"]) == 3
     assert found["differences"][0]["ppl"]["all"]["tokens"] == base["ppl"]["all"]["tokens"] == 2 * 399
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Random indexers with a top-k of 24 for the tiny llama."""
+    config = with_indexers(read_config(Path(tiny_model)), heads=16, head_dim=8, topk=24)
+    decoder = Decoder(config)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            if ".indexer." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    folder = tmp_path_factory.mktemp("adapter") / "indexers"
+    base = fingerprint(load_model(tiny_model))
+    save_adapter(decoder, AdapterConfig("tiny", base, heads=16, head_dim=8, topk=24, rope_dim=4), folder)
+    return str(folder)
+
+
+def test_an_adapter_against_its_base(run: Any, tiny_model: str, adapter: str, text: str) -> None:
+    """What makes a dense model sparse is measured beside it; without a selection it is the base again."""
+    options = ("--tasks", "ppl,recall", "--limit", "1", "--lengths", "400", "--text", text, "--against", tiny_model)
+    found = measured(run, tiny_model, *options, "--adapter", adapter)
+    assert [len(one.get("recall", [])) for one in found["results"]] == [0, 1]
+    assert found["results"][1]["recall"][0]["recall"]["count"] == 400 - 24
+    assert found["differences"][0]["ppl"]["all"]["nats"] != 0
+    dense = measured(run, tiny_model, *options, "--adapter", adapter, "--select", "dense")
+    assert dense["differences"][0]["ppl"]["all"]["nats"] == 0
+    assert len(dense["results"][1]["recall"]) == 1
 
 
 def test_ruler_with_any_text(run: Any, sparse_model: str, text: str) -> None:
