@@ -3,6 +3,7 @@
 from typing import Any
 
 from foveal.kernels import cpu as _cpu
+from foveal.kernels import gpu as _gpu
 from foveal.kernels.activation import gated
 from foveal.kernels.dense import attention
 from foveal.kernels.dispatch import Operation
@@ -51,7 +52,7 @@ __all__ = [
 ]
 
 
-del _cpu  # importing it registered the compiled versions
+del _cpu, _gpu  # importing them registered their versions
 
 
 def operations() -> tuple[Operation[..., Any], ...]:
