@@ -42,7 +42,7 @@ class LLM:
     `kv_cache_dtype` (of latents) and `index_dtype` (of index keys) are names or torch dtypes; torch.float8_e4m3fn is
     "fp8". `mla_form`: how latent attention is computed: "expanded", "absorbed", or "auto", the cheaper one for each
     sequence. `quantization`: "int8" or "int4" rounds the weights while they are loaded; activations keep their dtype
-    (CPU only; see `Decoder.quantise`).
+    (CPU only; see `Decoder.quantise`). `adapter`: a directory with indexers for a dense model (`foveal train`).
     `max_model_len`: most tokens of a prompt and its completion (None: the model's). `max_num_seqs` sequences
     run at a time, and a step computes at most `max_num_batched_tokens` tokens. `kv_cache_memory`: bytes of the cache
     (None: a share of the memory that is free, and no more than `max_num_seqs` sequences of `max_model_len` tokens
@@ -69,6 +69,7 @@ class LLM:
         index_dtype: str | torch.dtype = "auto",
         mla_form: str = "auto",
         quantization: str | None = None,
+        adapter: str | Path | None = None,
         seed: int = 0,
         enforce_eager: bool = False,
         tokenizer: Any = None,
@@ -78,7 +79,13 @@ class LLM:
         self.tokenizer = None if skip_tokenizer_init else tokenizer or _tokenizer(path)
         index_name = dtype_name(index_dtype)
         decoder = load_model(
-            path, dtype=dtype, device=device, index_dtype=index_name, mla_form=mla_form, quantization=quantization
+            path,
+            dtype=dtype,
+            device=device,
+            index_dtype=index_name,
+            mla_form=mla_form,
+            quantization=quantization,
+            adapter=adapter,
         )
         if not enforce_eager:
             decoder.pack()

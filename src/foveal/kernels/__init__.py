@@ -4,9 +4,11 @@ from typing import Any
 
 from foveal.kernels import cpu as _cpu
 from foveal.kernels import gpu as _gpu
+from foveal.kernels import packed as _packed
 from foveal.kernels.activation import gated
 from foveal.kernels.dense import attention
 from foveal.kernels.dispatch import Operation
+from foveal.kernels.divergence import index_divergence
 from foveal.kernels.flash import flash_attention, flash_forward
 from foveal.kernels.keys import Columns, Contexts, KeySource, OneHead, Queries, Rows
 from foveal.kernels.matmul import QUANTIZATIONS, QuantisedWeight, linear, pack_weight, quantise_weight
@@ -37,6 +39,7 @@ __all__ = [
     "flash_attention",
     "gated",
     "hadamard",
+    "index_divergence",
     "linear",
     "operations",
     "pack_weight",
@@ -52,7 +55,7 @@ __all__ = [
 ]
 
 
-del _cpu, _gpu  # importing them registered their versions
+del _cpu, _gpu, _packed  # importing them registered the fast versions, and those for training
 
 
 def operations() -> tuple[Operation[..., Any], ...]:
@@ -60,4 +63,4 @@ def operations() -> tuple[Operation[..., Any], ...]:
     attentions = (attention, flash_forward, sparse_attention)
     products = (linear, *attentions, select, experts, causal_conv, selective_scan)
     stores = (quantise_index, write_index_keys, write_latents)
-    return (*products, *stores, rms_norm, add_rms_norm, apply_rope, gated)
+    return (index_divergence, *products, *stores, rms_norm, add_rms_norm, apply_rope, gated)

@@ -68,6 +68,8 @@ def _accepts_dense(
     ):
         return False
     k_RGP, v_RGV = keys.records.values, values.records.values
+    if torch.is_grad_enabled() and (k_RGP.requires_grad or v_RGV.requires_grad):
+        return False
     same = all(x.dim() == 3 and x.dtype == q_THP.dtype for x in (q_THP, k_RGP, v_RGV))
     return same and q_THP.dtype in _DTYPES and max(k_RGP.shape[2], v_RGV.shape[2]) <= _MOST_NUMBERS
 
