@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 from foveal.train.data.settings import DataSettings
-from foveal.train.optim import Schedule
 from foveal.train.recipe import key
+
+from foveal.train.optim import Schedule
 from foveal.train.stages import KINDS, Kind
 
 

@@ -25,7 +25,7 @@ class Card:
     """A graphics card, or the interpreter's stand-in for one."""
 
     capability: int
-    """10 times the compute capability: 80 to 121."""
+    """10 times the compute capability: 80 to 121; 0: the interpreter."""
     processors: int
     """Streaming multiprocessors."""
 
@@ -40,12 +40,17 @@ class Card:
         return self.shared_memory >= 160 * 1024
 
     @property
+    def interpreted(self) -> bool:
+        """Whether this is no card at all."""
+        return self.capability == 0
+
+    @property
     def native_e4m3(self) -> bool:
         """Whether it converts and multiplies e4m3."""
         return self.capability >= 89
 
 
-INTERPRETER = Card(80, 2)
+INTERPRETER = Card(0, 2)
 """What CPU tensors are planned for: Triton's interpreter, which is for tests."""
 
 
