@@ -14,7 +14,7 @@ def installed() -> bool:
 
 
 def triton_version(
-    operation: Operation[Params, Result], accepts: Callable[Params, bool]
+    operation: Operation[Params, Result], accepts: Callable[Params, bool], *, differentiable: bool = False
 ) -> Callable[[Callable[Params, Result]], Callable[Params, Result]]:
     """Register a function as version "triton" on CUDA devices, where Triton is installed (a decorator).
 
@@ -23,7 +23,7 @@ def triton_version(
 
     def register(function: Callable[Params, Result]) -> Callable[Params, Result]:
         if installed():
-            operation.add(VERSION, differentiable=False, devices=("cuda",), accepts=accepts)(function)
+            operation.add(VERSION, differentiable=differentiable, devices=("cuda",), accepts=accepts)(function)
         return function
 
     return register
