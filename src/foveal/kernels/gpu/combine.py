@@ -24,9 +24,11 @@ def combine_kernel(partial, partial_lse, out, lse, splits, rows, V, BLOCK_V: tl.
         weight = tl.exp2(tl.load(partial_lse + split * rows + row) - finite)
         total += weight
         sum_V += weight * tl.load(partial + (split * rows + row) * V + v, mask=v < V, other=0.0)
-    sum_V = sum_V / tl.where(total == 0.0, 1.0, total)
+    nothing = total == 0.0
+    total = tl.where(nothing, 1.0, total)
+    sum_V = sum_V / total
     tl.store(out + row * V + v, sum_V.to(out.dtype.element_ty), mask=v < V)
-    tl.store(lse + row, (finite + tl.log2(total)) * LN2)
+    tl.store(lse + row, tl.where(nothing, float("-inf"), (finite + tl.log2(total)) * LN2))
 
 
 def partial_results(splits: int, like_XV: Tensor) -> tuple[Tensor, Tensor]:
