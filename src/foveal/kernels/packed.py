@@ -21,7 +21,7 @@ def rows_of(source: KeySource) -> Tensor:
     return source.records.read(slice(0, sum(source.contexts.lengths)))
 
 
-def _learns(q_THP: Tensor, keys: KeySource, values: KeySource) -> bool:
+def learns(q_THP: Tensor, keys: KeySource, values: KeySource) -> bool:
     """Whether gradients are wanted, of packed rows."""
     if not torch.is_grad_enabled() or keys.contexts.table_SB is not None:
         return False
@@ -39,7 +39,7 @@ def _accepts_dense(
     sinks: int = 0,
     selection_TK: Tensor | None = None,
 ) -> bool:
-    return selection_TK is None and _learns(q_THP, keys, values)
+    return selection_TK is None and learns(q_THP, keys, values)
 
 
 @attention.add("recomputed", differentiable=True, accepts=_accepts_dense)
@@ -81,7 +81,7 @@ def _whole(q_NHP: Tensor, k_NGP: Tensor, v_NGV: Tensor, scale: float) -> Tensor:
 def _accepts_sparse(
     q_THP: Tensor, keys: KeySource, values: KeySource, selection_TK: Tensor, queries: Queries, *, scale: float
 ) -> bool:
-    return _learns(q_THP, keys, values)
+    return learns(q_THP, keys, values)
 
 
 @sparse_attention.add("recomputed", differentiable=True, accepts=_accepts_sparse)

@@ -59,7 +59,7 @@ def test_index_keys_into_pages(given: torch.dtype, dtype: str) -> None:
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rank", "rope"), [(512, 64), (24, 8), (160, 6), (132, 0)])
 def test_latents(rank: int, rope: int, given: torch.dtype) -> None:
-    """A scale of the wrong block, the last block padded, rope keys cut off instead of rounded; a row that is not there."""
+    """A scale of the wrong block, the last block padded, rope keys cut off, not rounded; a row that is not there."""
     torch.manual_seed(2)
     latents, rows = numbers(6, rank + rope).to(given), torch.randperm(20)[:6]
     stored, expected = (torch.full((20, latent_bytes(rank, rope, "fp8")), 7, dtype=torch.uint8) for _ in range(2))
@@ -73,7 +73,7 @@ def test_bad_arguments_are_refused() -> None:
     """Memory of another size being written all the same."""
     with pytest.raises(ValueError, match="power of two"):
         round_index(torch.zeros(1, 12), "fp8")
-    with pytest.raises(ValueError, match="records of 20 bytes"):
+    with pytest.raises(ValueError, match="records of 16 bytes"):
         store_latents(torch.zeros(2, 10), torch.zeros(2, dtype=torch.int64), torch.zeros(4, 21, dtype=torch.uint8), 8)
     with pytest.raises(ValueError, match="2 values, but rows"):
         pages = torch.zeros(1, 64 * 20, dtype=torch.uint8)

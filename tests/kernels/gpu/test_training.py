@@ -38,8 +38,8 @@ def test_sparse_backward(heads: int, groups: int, width: int, value_width: int) 
 
 @pytest.mark.parametrize(("heads", "groups", "width", "index_heads", "size"), [(2, 1, 70, 3, 10), (4, 2, 8, 1, 16)])
 def test_warmup(heads: int, groups: int, width: int, index_heads: int, size: int) -> None:
-    """A sum over keys that misses a block, a tile or a head; the future or another sequence seen; an empty sequence; token
-    weights left out; gradients that do not add up over blocks of keys."""
+    """A sum over keys that misses a block, a tile or a head; the future or another sequence seen; an empty sequence;
+    token weights left out; gradients that do not add up over blocks of keys."""
     torch.manual_seed(1)
     lengths = [19, 0, 5]
     tokens, contexts, queries = 24, Contexts.packed(lengths), make_queries(lengths, lengths)

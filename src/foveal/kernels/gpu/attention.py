@@ -9,6 +9,7 @@ from foveal.kernels.flash import flash_forward
 from foveal.kernels.gpu.library import triton_version
 from foveal.kernels.gpu.stored import latents_of
 from foveal.kernels.keys import KeySource, OneHead, Queries, Rows
+from foveal.kernels.packed import learns  # its versions, for gradients, come before these
 from foveal.kernels.sparse import check_selection_shape, sparse_attention
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,7 +27,7 @@ def accepts_latent(q_THP: Tensor, keys: KeySource, values: KeySource) -> bool:
     if latents.fp8:
         aligned = latents.rank % 4 == 0 and rope_dim >= 0 and latent_bytes(latents.rank, rope_dim, "fp8") % 4 == 0
         return aligned and latents.rows.storage_offset() % 4 == 0
-    return not (latents.rows.requires_grad and torch.is_grad_enabled())
+    return not learns(q_THP, keys, values)
 
 
 def _accepts_sparse(
@@ -68,7 +69,7 @@ def _accepts_dense(
     ):
         return False
     k_RGP, v_RGV = keys.records.values, values.records.values
-    if torch.is_grad_enabled() and (k_RGP.requires_grad or v_RGV.requires_grad):
+    if learns(q_THP, keys, values):
         return False
     same = all(x.dim() == 3 and x.dtype == q_THP.dtype for x in (q_THP, k_RGP, v_RGV))
     return same and q_THP.dtype in _DTYPES and max(k_RGP.shape[2], v_RGV.shape[2]) <= _MOST_NUMBERS
