@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from foveal.engine.guidance import Guidance
+
 _GREEDY_BELOW = 1e-5
 
 
@@ -51,6 +53,8 @@ class SamplingParams:
     They are of the model's own distribution: before bias, penalties and temperature."""
     prompt_logprobs: int | None = None
     """The same for each token of the prompt but the first."""
+    guidance: Guidance | None = None
+    """What the text must look like. It ends where nothing can follow, even with `ignore_eos`."""
 
     def __post_init__(self) -> None:
         self._check_whole("n", 1)
@@ -76,6 +80,9 @@ class SamplingParams:
         self._check_whole("prompt_logprobs", 0, optional=True)
         self._check_logit_bias()
         self._check_stops()
+        self._check(self.guidance is None or isinstance(self.guidance, Guidance), "guidance", "a Guidance")
+        if self.guidance and self.min_tokens:
+            raise ValueError(f"min_tokens = {self.min_tokens} cannot be kept with guidance, which says when to end")
 
     @property
     def greedy(self) -> bool:

@@ -6,6 +6,7 @@ from hashlib import blake2b
 import torch
 
 from foveal.engine.detokenize import Detokenizer
+from foveal.engine.guidance import Guide
 from foveal.engine.outputs import CompletionOutput, FinishReason, Logprobs, RequestOutput
 from foveal.engine.params import SamplingParams
 from foveal.engine.penalties import TokenCounts
@@ -24,6 +25,7 @@ class SequenceState:
     tokens: list[int]
     generator: torch.Generator
     detokenizer: Detokenizer | None = None
+    guide: Guide | None = None
     computed: int = 0
     logprobs: list[Logprobs] = field(default_factory=list)
     cumulative_logprob: float = 0.0

@@ -3,9 +3,11 @@
 from typing import Any
 
 from foveal.kernels import cpu as _cpu
+from foveal.kernels import packed as _packed
 from foveal.kernels.activation import gated
 from foveal.kernels.dense import attention
 from foveal.kernels.dispatch import Operation
+from foveal.kernels.divergence import index_divergence
 from foveal.kernels.flash import flash_attention, flash_forward
 from foveal.kernels.keys import Columns, Contexts, KeySource, OneHead, Queries, Rows
 from foveal.kernels.matmul import QUANTIZATIONS, QuantisedWeight, linear, pack_weight, quantise_weight
@@ -36,6 +38,7 @@ __all__ = [
     "flash_attention",
     "gated",
     "hadamard",
+    "index_divergence",
     "linear",
     "operations",
     "pack_weight",
@@ -51,7 +54,7 @@ __all__ = [
 ]
 
 
-del _cpu  # importing it registered the compiled versions
+del _cpu, _packed  # importing them registered the compiled versions, and those for training
 
 
 def operations() -> tuple[Operation[..., Any], ...]:
@@ -59,4 +62,4 @@ def operations() -> tuple[Operation[..., Any], ...]:
     attentions = (attention, flash_forward, sparse_attention)
     products = (linear, *attentions, select, experts, causal_conv, selective_scan)
     stores = (quantise_index, write_index_keys, write_latents)
-    return (*products, *stores, rms_norm, add_rms_norm, apply_rope, gated)
+    return (index_divergence, *products, *stores, rms_norm, add_rms_norm, apply_rope, gated)

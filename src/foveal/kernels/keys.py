@@ -76,6 +76,8 @@ class Contexts:
 
     def only(self, sequences: Sequence[int]) -> "Contexts":
         """The contexts of some sequences."""
+        if len(sequences) == len(self.lengths):  # ascending, so all of them
+            return self
         lengths, starts = (tuple(values[s] for s in sequences) for values in (self.lengths, self.starts))
         table_SB = None if self.table_SB is None else self.table_SB[list(sequences)]
         return Contexts(lengths, starts, table_SB)

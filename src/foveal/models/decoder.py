@@ -25,6 +25,7 @@ from foveal.nn.mlp import MLP
 from foveal.nn.moe import Experts, MoE
 from foveal.nn.norm import RMSNorm
 from foveal.nn.step import Step
+from foveal.nn.watch import Sight, Watch
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Output:
     logits_LV: Tensor
     """float32, the wanted rows."""
     collected: dict[str, list[Any]]
-    """What the batch asked to collect, by layer: "selection" int32 [T, K] or None, "experts" int64 [T, A]."""
+    """What the batch asked to collect, by layer: "selection" int32 [T, K] or None, "experts" int64 [T, A], "router"
+    float32 [T, E] (logits)."""
 
 
 class Decoder(nn.Module):
@@ -67,9 +69,18 @@ class Decoder(nn.Module):
         """Logits, float32 [S, N, V], of sequences of equal length; int64 in. Differentiable."""
         return self.step(Batch.packed(ids_SN)).logits_LV.unflatten(0, ids_SN.shape)
 
-    def step(self, batch: Batch, cache: CacheStore | None = None) -> Output:
+    def step(self, batch: Batch, cache: CacheStore | None = None, watch: Watch | None = None) -> Output:
         """Compute a batch: keys and states go to the cache, where there is one."""
-        step = Step.of(batch)
+        x_TD, collected = self.trunk(batch, cache, watch)
+        if batch.wanted_L is not None:
+            x_TD = x_TD[batch.wanted_L]
+        return Output(self.head(x_TD), collected)
+
+    def trunk(
+        self, batch: Batch, cache: CacheStore | None = None, watch: Watch | None = None
+    ) -> tuple[Tensor, dict[str, list[Any]]]:
+        """What `step` computes before the head: [T, D], and what was collected."""
+        step = Step.of(batch, watch)
         x_TD = self.embed_tokens(batch.ids_T)
         if cache and self._parts and step.fusable:
             for part in self._parts:
@@ -77,9 +88,16 @@ class Decoder(nn.Module):
         else:
             for index, layer in enumerate(self.layers):
                 x_TD = layer(x_TD, step, cache.layers[index] if cache else None)
-        if batch.wanted_L is not None:
-            x_TD = x_TD[batch.wanted_L]
-        return Output(self._head(self.norm(x_TD)).float(), step.collected)
+        return x_TD, step.collected
+
+    def head(self, x_LD: Tensor) -> Tensor:
+        """Logits, float32 [L, V], of what `trunk` returned for some tokens."""
+        x_LD = self.norm(x_LD)
+        if not self.config.tied_embeddings:
+            logits_LV: Tensor = self.lm_head(x_LD)
+        else:
+            logits_LV = linear(x_LD, self.embed_tokens.weight if self._packed_head is None else self._packed_head)
+        return logits_LV.float()
 
     def pack(self) -> None:
         """Trade readable weights for faster ones, for inference: no more gradients, no more saving."""
@@ -105,12 +123,6 @@ class Decoder(nn.Module):
         """The rounded copy of the embeddings, where they serve as the head."""
         if self.config.tied_embeddings:
             self._packed_head = quantise_weight(self.embed_tokens.weight, quantization)
-
-    def _head(self, x_LD: Tensor) -> Tensor:
-        if not self.config.tied_embeddings:
-            logits: Tensor = self.lm_head(x_LD)
-            return logits
-        return linear(x_LD, self.embed_tokens.weight if self._packed_head is None else self._packed_head)
 
 
 class Layer(nn.Module):
@@ -150,8 +162,9 @@ class Block(nn.Module):
         if isinstance(self.operation, Mixer):
             return x_TD + self._mix(h_TD, step, cache)
         if isinstance(self.operation, MoE):
-            out_TD, chosen_TA = self.operation(h_TD)
-            step.collect("experts", chosen_TA)
+            out_TD, routing = self.operation(h_TD)
+            step.collect("experts", routing.chosen_TA)
+            step.collect("router", routing.logits_TE)
             return x_TD + out_TD
         return x_TD + self.operation(h_TD)
 
@@ -160,9 +173,13 @@ class Block(nn.Module):
         latent_TX = self.operation.query_latent(h_TD)
         if self.indexer is not None:
             step.selection_TK = self.indexer(h_TD, latent_TX, step, cache)
+        selection_TK = step.selection_TK if self.sparse else None
         if self.sparse:
-            step.collect("selection", step.selection_TK)
-        out_TD: Tensor = self.operation(h_TD, latent_TX, step, cache)
+            step.collect("selection", selection_TK)
+        out_TD: Tensor = self.operation(h_TD, latent_TX, step, cache, selection_TK)
+        if step.watch is not None and self.indexer is not None:
+            assert step.glance and step.gaze
+            step.watch(Sight(step.glance, step.gaze, step.queries, selection_TK))
         return out_TD
 
 

@@ -41,17 +41,21 @@ class Batch:
     wanted_L: Tensor | None = None
     """int64 rows whose logits are wanted. None: all."""
     collect: frozenset[str] = frozenset()
-    """What the caller wants to see besides the logits: "selection", "experts"."""
+    """What the caller wants to see besides the logits: "selection", "experts", "router"."""
+    dense: bool = False
+    """Sparse layers attend to everything; their indexers compute keys, and choose nothing."""
 
     @staticmethod
-    def packed(ids: Tensor | Sequence[Tensor]) -> "Batch":
+    def packed(
+        ids: Tensor | Sequence[Tensor], *, collect: frozenset[str] = frozenset(), dense: bool = False
+    ) -> "Batch":
         """Whole sequences without a cache: int64 [S, N], or a list of int64 [N]."""
         sequences = list(ids)
         lengths = tuple(len(sequence) for sequence in sequences)
         device = sequences[0].device
         positions = [torch.arange(length, device=device) for length in lengths]
         offsets = tuple(accumulate(lengths, initial=0))
-        return Batch(torch.cat(sequences), torch.cat(positions), offsets, lengths)
+        return Batch(torch.cat(sequences), torch.cat(positions), offsets, lengths, collect=collect, dense=dense)
 
     @staticmethod
     def paged(

@@ -1,21 +1,25 @@
 """Grouped-query attention."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from foveal.cache.layouts import BlockCache
 from foveal.config.model import GQAConfig
-from foveal.kernels import apply_rope, attention
+from foveal.kernels import KeySource, Queries, apply_rope, attention, sparse_attention
 from foveal.kernels.cpu.block import GQABlock
 from foveal.nn.fused import layer_of, norm_of
 from foveal.nn.linear import FusedLinear, Linear
-from foveal.nn.mixer import Mixer
+from foveal.nn.mixer import Mixer, by_form
 from foveal.nn.norm import RMSNorm
 from foveal.nn.step import Step
+from foveal.nn.watch import Gaze
 
 
 class GQA(Mixer):
-    """Grouped-query attention (arXiv 2305.13245) with optional QK-norm, biases, window and rope."""
+    """Grouped-query attention (arXiv 2305.13245) with optional QK-norm, biases, window and rope; dense, or
+    over a selection that all heads share."""
 
     def __init__(self, config: GQAConfig, hidden_size: int, norm_eps: float, dtype: torch.dtype) -> None:
         super().__init__()
@@ -28,7 +32,9 @@ class GQA(Mixer):
             self.q_norm = RMSNorm(config.head_dim, norm_eps, dtype=dtype)
             self.k_norm = RMSNorm(config.head_dim, norm_eps, dtype=dtype)
 
-    def forward(self, x_TD: Tensor, latent_TX: Tensor, step: Step, cache: BlockCache | None) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, latent_TX: Tensor, step: Step, cache: BlockCache | None, selection_TK: Tensor | None
+    ) -> Tensor:
         """See `Mixer.forward`."""
         config = self.config
         qkv_TXP = self.qkv_proj(x_TD).unflatten(-1, (-1, config.head_dim))
@@ -42,8 +48,27 @@ class GQA(Mixer):
         q_THP, k_TGP = qk_TXP.split([config.heads, config.kv_heads], 1)
         keys = step.keep(cache.keys if cache else None, k_TGP)
         values = step.keep(cache.values if cache else None, v_TGP)
-        out_THP = attention(q_THP, keys, values, step.queries, scale=config.scale, window=config.window)
+        if step.watch is not None:
+            step.gaze = Gaze(q_THP.detach(), keys, config.scale)
+        if selection_TK is None:
+            out_THP = attention(q_THP, keys, values, step.queries, scale=config.scale, window=config.window)
+        else:
+            out_THP = self._sparse(q_THP, keys, values, step, selection_TK)
         return self.o_proj(out_THP.flatten(1))
+
+    def _sparse(self, q_THP: Tensor, keys: KeySource, values: KeySource, step: Step, selection_TK: Tensor) -> Tensor:
+        """[T, H, P]: the selection alone, where it leaves something out."""
+        scale, topk = self.config.scale, selection_TK.shape[1]
+
+        def run(form: str, members: Sequence[int], queries: Queries, q_tHP: Tensor, chosen_tK: Tensor) -> Tensor:
+            contexts = keys.contexts.only(members)
+            k, v = (KeySource(source.records, contexts) for source in (keys, values))
+            if form == "dense":
+                return attention(q_tHP, k, v, queries, scale=scale)
+            return sparse_attention(q_tHP, k, v, chosen_tK, queries, scale=scale)
+
+        forms = ["sparse" if length > topk else "dense" for length in step.contexts.lengths]
+        return by_form(forms, run, step.queries, (q_THP, selection_TK))
 
     def fused(self, norm: RMSNorm) -> GQABlock:
         """The block of `norm`, this and a sum, for the kernels."""

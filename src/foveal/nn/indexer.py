@@ -6,12 +6,13 @@ from torch import Tensor, nn
 from foveal.cache.layouts import BlockCache
 from foveal.config.formats import index_key_bytes
 from foveal.config.model import IndexerConfig
-from foveal.kernels import KeySource, Queries, Rows, apply_rope, quantise_index, select
+from foveal.kernels import KeySource, Rows, apply_rope, quantise_index, select
 from foveal.kernels.records import IndexKeyRecords
 from foveal.nn.linear import ExactLinear, Linear
-from foveal.nn.mla import gather_queries
+from foveal.nn.mixer import gather_queries
 from foveal.nn.norm import LayerNorm
 from foveal.nn.step import Step
+from foveal.nn.watch import Glance
 
 
 class Indexer(nn.Module):
@@ -32,21 +33,35 @@ class Indexer(nn.Module):
         self.weights_proj = ExactLinear(hidden_size, config.heads, dtype=torch.float32)
 
     def forward(self, x_TD: Tensor, latent_TX: Tensor, step: Step, cache: BlockCache | None) -> Tensor | None:
-        """The selection, int32 [T, topk]; None while no sequence of the batch is longer than topk.
+        """The selection, int32 [T, topk]; None while no sequence of the batch is longer than topk, and where the batch
+        is dense.
 
-        Index keys are computed and cached in any case.
+        Index keys are computed and cached in any case. Gradients end here: what comes in is learned from the language
+        model's loss alone (DeepSeek-V3.2 report, section 2.1).
         """
+        x_TD, latent_TX = x_TD.detach(), latent_TX.detach()
         keys = self._keys(x_TD, step, cache)
-        members = [s for s, length in enumerate(step.contexts.lengths) if length > self.config.topk]
-        if not members:
+        rope = self.config.rope
+        if step.watch is not None:
+            step.glance = Glance(*self.query(x_TD, latent_TX, step.turns(rope)), keys)
+        lengths = step.contexts.lengths
+        members = [s for s, length in enumerate(lengths) if length > self.config.topk]
+        if step.batch.dense or not members:
             return None
-        if len(members) == len(step.contexts.lengths):
-            return self._select(x_TD, latent_TX, step.turns(self.config.rope), keys, step.queries)
-        selection_TK = self._everything(step)
-        rows_t, queries = gather_queries(step.queries, members, x_TD.device)
-        turns_tR = step.turns(self.config.rope)[rows_t]
-        selection_TK[rows_t] = self._select(x_TD[rows_t], latent_TX[rows_t], turns_tR, keys.only(members), queries)
-        return selection_TK
+        if len(members) == len(lengths):
+            rows_t: Tensor | slice = slice(None)
+            queries = step.queries
+        else:
+            rows_t, queries = gather_queries(step.queries, members, x_TD.device)
+        with torch.no_grad():  # which tokens are picked has no gradient; training compares the scores themselves
+            if step.glance is None:
+                q_tIJ, weights_tI = self.query(x_TD[rows_t], latent_TX[rows_t], step.turns(rope)[rows_t])
+            else:
+                q_tIJ, weights_tI = step.glance.q_TIJ[rows_t], step.glance.weights_TI[rows_t]
+            chosen_tK = select(q_tIJ, weights_tI, keys.only(members), queries, topk=self.config.topk)
+        if isinstance(rows_t, slice):
+            return chosen_tK
+        return self._everything(step).index_copy_(0, rows_t, chosen_tK)
 
     def _keys(self, x_TD: Tensor, step: Step, cache: BlockCache | None) -> KeySource:
         rope = self.config.rope
@@ -58,11 +73,6 @@ class Indexer(nn.Module):
             return KeySource(Rows(k_TJ.to(self.stored)), step.contexts)
         with torch.no_grad():
             return KeySource(IndexKeyRecords.of(k_TJ, self.stored), step.contexts)
-
-    def _select(self, x_TD: Tensor, latent_TX: Tensor, turns_TR: Tensor, keys: KeySource, queries: Queries) -> Tensor:
-        with torch.no_grad():  # which tokens are picked has no gradient; training compares the scores themselves
-            q_TIJ, weights_TI = self.query(x_TD, latent_TX, turns_TR)
-            return select(q_TIJ, weights_TI, keys, queries, topk=self.config.topk)
 
     def query(self, x_TD: Tensor, latent_TX: Tensor, turns_TR: Tensor) -> tuple[Tensor, Tensor]:
         """Index queries [T, I, J], of the kind that keys are stored as, and head weights, float32 [T, I], all scales

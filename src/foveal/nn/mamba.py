@@ -41,8 +41,11 @@ class Mamba(Mixer):
             self.b_layernorm = RMSNorm(state, norm_eps, dtype=dtype)
             self.c_layernorm = RMSNorm(state, norm_eps, dtype=dtype)
 
-    def forward(self, x_TD: Tensor, latent_TX: Tensor, step: Step, cache: BlockCache | None) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, latent_TX: Tensor, step: Step, cache: BlockCache | None, selection_TK: Tensor | None
+    ) -> Tensor:
         """See `Mixer.forward`."""
+        assert selection_TK is None
         config, queries = self.config, step.queries
         conv_SWX, state_SXY = self._states(x_TD, step, cache)
         u_TX, gate_TX = self.in_proj(x_TD).chunk(2, -1)

@@ -21,9 +21,10 @@ from foveal.kernels import (
     sparse_attention,
 )
 from foveal.nn.linear import ExactLinear, Linear
-from foveal.nn.mixer import Mixer
+from foveal.nn.mixer import Mixer, by_form
 from foveal.nn.norm import RMSNorm
 from foveal.nn.step import Step
+from foveal.nn.watch import Gaze
 
 FORMS = ("auto", "expanded", "absorbed")
 # Numbers of the keys and values that are expanded at a time.
@@ -62,7 +63,9 @@ class MLA(Mixer):
             return x_TD
         return self.q_a_layernorm(self.q_a_proj(x_TD))
 
-    def forward(self, x_TD: Tensor, latent_TX: Tensor, step: Step, cache: BlockCache | None) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, latent_TX: Tensor, step: Step, cache: BlockCache | None, selection_TK: Tensor | None
+    ) -> Tensor:
         """See `Mixer.forward`."""
         config = self.config
         project = self.q_proj if config.q_lora_rank is None else self.q_b_proj
@@ -75,33 +78,34 @@ class MLA(Mixer):
             pe_TXR = apply_rope(pe_TXR, step.turns(config.rope), interleaved=config.rope.interleaved)
         q_pe_THR, k_pe_TR = pe_TXR[:, :-1], pe_TXR[:, -1]
         latents = step.keep(cache.latent if cache else None, torch.cat((self.kv_a_layernorm(c_kv_TC), k_pe_TR), -1))
-        out_THV = self._attend(q_nope_THP, q_pe_THR, latents, step)
+        if step.watch is not None:
+            with torch.no_grad():
+                step.gaze = Gaze(self._absorbed(q_nope_THP, q_pe_THR), one_head(latents), config.scale)
+        out_THV = self._attend(q_nope_THP, q_pe_THR, latents, step, selection_TK)
         return self.o_proj(out_THV.flatten(1))
 
-    def _attend(self, q_nope_THP: Tensor, q_pe_THR: Tensor, latents: KeySource, step: Step) -> Tensor:
-        """Each sequence in its own form; sequences of one form together."""
-        forms = self._forms(step)
-        if len(set(forms)) == 1:
-            return self._run(forms[0], q_nope_THP, q_pe_THR, latents, step.queries, step.selection_TK)
-        out_THV = q_nope_THP.new_empty(*q_nope_THP.shape[:2], self.config.value_dim)
-        for form in sorted(set(forms)):
-            members = [s for s, other in enumerate(forms) if other == form]
-            rows_t, queries = gather_queries(step.queries, members, q_nope_THP.device)
-            selection_tK = None if step.selection_TK is None else step.selection_TK[rows_t]
-            part = self._run(form, q_nope_THP[rows_t], q_pe_THR[rows_t], latents.only(members), queries, selection_tK)
-            out_THV = out_THV.index_copy(0, rows_t, part)
-        return out_THV
-
-    def _forms(self, step: Step) -> list[MLAForm]:
-        topk = None if step.selection_TK is None else step.selection_TK.shape[1]
-        return [
+    def _attend(
+        self, q_nope_THP: Tensor, q_pe_THR: Tensor, latents: KeySource, step: Step, selection_TK: Tensor | None
+    ) -> Tensor:
+        """[T, H, V], each sequence in its own form."""
+        topk = None if selection_TK is None else selection_TK.shape[1]
+        forms = [
             self._form(count, context, topk)
             for count, context in zip(step.queries.lengths, step.contexts.lengths, strict=True)
         ]
 
+        def run(
+            form: MLAForm, members: Sequence[int], queries: Queries, nope: Tensor, pe: Tensor, chosen: Tensor | None
+        ) -> Tensor:
+            return self._run(form, nope, pe, latents.only(members), queries, chosen)
+
+        return by_form(forms, run, step.queries, (q_nope_THP, q_pe_THR, selection_TK))
+
     def _form(self, queries: int, context: int, topk: int | None) -> MLAForm:
         if self.form == "auto":
-            return cheapest_mla_form(self.config, queries, context, topk)
+            form = cheapest_mla_form(self.config, queries, context, topk)
+            # In training the masked form would keep the weights of all keys for the backward pass.
+            return "sparse" if form == "masked" and torch.is_grad_enabled() else form
         selects = topk is not None and context > topk
         if self.form == "expanded":
             return "masked" if selects else "expanded"
@@ -120,17 +124,22 @@ class MLA(Mixer):
         if form in ("expanded", "masked"):
             q_THP = torch.cat((q_nope_THP, q_pe_THR), -1)
             return self._expanded(q_THP, latents, queries, selection_TK if form == "masked" else None)
-        up_k_HPC, up_v_HVC = self._up_projections()
-        absorbed_THC = torch.bmm(q_nope_THP.transpose(0, 1), up_k_HPC).transpose(0, 1)
-        q_THX = torch.cat((absorbed_THC, q_pe_THR), -1)
-        keys = KeySource(OneHead(latents.records), latents.contexts)
+        q_THX = self._absorbed(q_nope_THP, q_pe_THR)
+        keys = one_head(latents)
         values = KeySource(Columns(keys.records, self.config.kv_lora_rank), latents.contexts)
         if form == "sparse":
             assert selection_TK is not None
             out_THC = sparse_attention(q_THX, keys, values, selection_TK, queries, scale=scale)
         else:
             out_THC = attention(q_THX, keys, values, queries, scale=scale)
+        _, up_v_HVC = self._up_projections()
         return torch.bmm(out_THC.transpose(0, 1), up_v_HVC.transpose(1, 2)).transpose(0, 1)
+
+    def _absorbed(self, q_nope_THP: Tensor, q_pe_THR: Tensor) -> Tensor:
+        """Queries in the latent space, [T, H, C + R]."""
+        up_k_HPC, _ = self._up_projections()
+        absorbed_THC = torch.bmm(q_nope_THP.transpose(0, 1), up_k_HPC).transpose(0, 1)
+        return torch.cat((absorbed_THC, q_pe_THR), -1)
 
     def _up_projections(self) -> tuple[Tensor, Tensor]:
         """W_UK [H, P, C] and W_UV [H, V, C]."""
@@ -164,11 +173,6 @@ class UnpackedLinear(ExactLinear):
         """Nothing."""
 
 
-def gather_queries(queries: Queries, members: Sequence[int], device: torch.device) -> tuple[Tensor, Queries]:
-    """The packed rows of some sequences, and how they are packed once gathered."""
-    rows = [row for s in members for row in range(queries.offsets[s], queries.offsets[s + 1])]
-    offsets = [0]
-    for s in members:
-        offsets.append(offsets[-1] + queries.lengths[s])
-    positions = tuple(queries.positions[s] for s in members)
-    return torch.tensor(rows, device=device), Queries(tuple(offsets), positions)
+def one_head(latents: KeySource) -> KeySource:
+    """Latent rows as the keys of one head that all queries share."""
+    return KeySource(OneHead(latents.records), latents.contexts)

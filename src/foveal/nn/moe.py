@@ -1,5 +1,7 @@
 """Mixture of experts: a router, routed experts, and a shared one."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -8,6 +10,18 @@ from foveal.config.model import MoEConfig, RouterConfig
 from foveal.kernels import QuantisedWeight, experts, pack_weight, quantise_weight
 from foveal.kernels.activation import ACTIVATIONS
 from foveal.nn.mlp import MLP
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which experts each token goes to."""
+
+    logits_TE: Tensor
+    """float32, before the scoring function."""
+    weights_TA: Tensor
+    """float32."""
+    chosen_TA: Tensor
+    """int64."""
 
 
 class Router(nn.Module):
@@ -24,8 +38,8 @@ class Router(nn.Module):
             bias = torch.zeros(experts, dtype=torch.float32)
             self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights, float32 [T, A], and experts, int64 [T, A]."""
+    def forward(self, x_TD: Tensor) -> Routing:
+        """Which experts each token goes to."""
         config = self.config
         logits_TE = functional.linear(x_TD.float(), self.weight.float())
         scores_TE = logits_TE.sigmoid() if config.scoring == "sigmoid" else logits_TE.softmax(-1)
@@ -37,7 +51,7 @@ class Router(nn.Module):
         if config.normalise:
             # 1e-20 as in transformers: all chosen scores may be zero.
             weights_TA = weights_TA / (weights_TA.sum(-1, keepdim=True) + 1e-20)
-        return weights_TA * config.scale, chosen_TA
+        return Routing(logits_TE, weights_TA * config.scale, chosen_TA)
 
     def _kept(self, choice_TE: Tensor) -> Tensor:
         """bool [T, E]: experts of the groups with the highest group score."""
@@ -94,10 +108,10 @@ class MoE(nn.Module):
             else None
         )
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, D] -> [T, D], and the experts chosen, int64 [T, A]."""
-        weights_TA, chosen_TA = self.gate(x_TD)
-        out_TD = self.experts(x_TD, weights_TA, chosen_TA)
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Routing]:
+        """[T, D] -> [T, D], and which experts were chosen."""
+        routing = self.gate(x_TD)
+        out_TD = self.experts(x_TD, routing.weights_TA, routing.chosen_TA)
         if self.shared_experts is not None:
             out_TD = out_TD + self.shared_experts(x_TD)
-        return out_TD, chosen_TA
+        return out_TD, routing

@@ -12,6 +12,7 @@ from foveal.config.model import RopeConfig
 from foveal.kernels import Contexts, KeySource, Queries, Rows
 from foveal.nn.batch import Batch
 from foveal.nn.rope import rope_turns
+from foveal.nn.watch import Gaze, Glance, Watch
 
 # Up to so many tokens a block runs as one call, if it can; with more, separate calls are no slower.
 FUSED_TOKENS = 32
@@ -28,14 +29,19 @@ class Step:
     """Cache rows of the new tokens; None without a cache."""
     selection_TK: Tensor | None = None
     """The selection of the last indexer that ran: int32 positions, ascending, -1 last. None: everything is seen."""
+    watch: Watch | None = None
+    """Who is shown what each block with an indexer computes from."""
+    glance: Glance | None = None
+    gaze: Gaze | None = None
+    """The current block's, where there is a watch."""
     collected: dict[str, list[Any]] = field(default_factory=dict)
     _turns: dict[RopeConfig, Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def of(batch: Batch) -> "Step":
+    def of(batch: Batch, watch: Watch | None = None) -> "Step":
         """The step that computes a batch."""
         rows_T = None if batch.table_SB is None else batch.rows_T
-        return Step(batch, batch.queries, batch.contexts, rows_T)
+        return Step(batch, batch.queries, batch.contexts, rows_T, watch=watch)
 
     def turns(self, rope: RopeConfig) -> Tensor:
         """Every token's turns, complex64 [T, dim / 2], for `apply_rope`; computed once a step."""
