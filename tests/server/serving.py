@@ -13,8 +13,7 @@ import openai
 import uvicorn
 
 from foveal import LLM
-from foveal.server.app import create_app
-from foveal.server.run import listen
+from foveal.server.run import configuration, listen
 from foveal.server.service import Service, Settings
 
 MODEL = "tiny"
@@ -64,7 +63,7 @@ def serving(llm: LLM, **settings: Any) -> Iterator[Server]:
     """Serve `llm` until the block ends."""
     service = Service(llm, Settings(**{"model_name": MODEL} | settings))
     socket = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(create_app(service), log_config=None, access_log=False))
+    server = uvicorn.Server(configuration(service))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[socket])), daemon=True)
     thread.start()
     wait_until(lambda: server.started)

@@ -92,7 +92,7 @@ def test_a_stop_string_split_over_tokens(client: openai.OpenAI, expected: str) -
 
 
 def test_logprobs_and_echo(client: openai.OpenAI, llm: LLM, expected: str) -> None:
-    """Guards the lists that evaluation harnesses add up: an entry a token, the prompt's first, as the library has them."""
+    """Guards the lists that evaluation harnesses add up: an entry a token, the prompt's first, as in the library."""
     params = SamplingParams(temperature=0.0, max_tokens=4, logprobs=3, prompt_logprobs=3)
     output = llm.generate(PROMPT, params)[0]
     assert output.prompt_logprobs is not None and output.outputs[0].logprobs is not None

@@ -34,7 +34,7 @@ async def create_chat_completion(http: HttpRequest, body: ChatRequest, service: 
     """Answer a conversation."""
     service.check_model(body.model)
     prompt = await service.encode_chat(body.messages)
-    job = service.submit(
+    job = await service.submit(
         http, body, [prompt], max_tokens=body.limit, logprobs=(body.top_logprobs or 0) if body.logprobs else None
     )
     answer = _Answer(service, body, job)

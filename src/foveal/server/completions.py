@@ -26,7 +26,7 @@ async def create_completion(http: HttpRequest, body: CompletionRequest, service:
     service.check_model(body.model)
     prompts = [await _prompt(service, body, prompt) for prompt in body.prompts()]
     wanted = [count for count in (body.prompt_logprobs, body.logprobs if body.echo else None) if count is not None]
-    job = service.submit(
+    job = await service.submit(
         http,
         body,
         prompts,

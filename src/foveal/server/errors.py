@@ -65,8 +65,9 @@ def install(app: FastAPI) -> None:
 
 
 def _first_of(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
-    """One error, the first: never what was sent, only where it is and what is wrong with it."""
-    error = errors[0]
+    """One error, of a value with several possible types that whose type came closest: never what was sent, only where
+    it is and what is wrong with it."""
+    error = max(errors, key=lambda one: _path(one, body).count("["))
     if error["type"] == "json_invalid":
         return ApiError(400, "the body is no valid JSON")
     param = _path(error, body) or None

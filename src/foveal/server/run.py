@@ -35,6 +35,13 @@ class _Server(uvicorn.Server):
         self._service = service
         service.worker.on_death = self._end
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """From now on clients can connect."""
+        await super().startup(sockets)
+        host, port = (sockets or [])[0].getsockname()[:2]
+        model = self._service.settings.model_name
+        _logger.info("listening", extra={"fields": {"host": host, "port": port, "model": model}})
+
     def handle_exit(self, sig: int, frame: object) -> None:
         """A signal has come."""
         if self.should_exit:
@@ -49,15 +56,19 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
+def configuration(service: Service) -> uvicorn.Config:
+    """How uvicorn runs the service: it logs no requests, for their paths are the client's words."""
+    config = uvicorn.Config(create_app(service), log_config=None, access_log=False, server_header=False)
+    logging.getLogger("uvicorn.access").disabled = True
+    return config
+
+
 def serve(service: Service, server: socket.socket) -> None:
     """Serve on the socket until a signal; log lines, as JSON, go to standard error. SystemExit if the engine failed."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("foveal").setLevel(logging.INFO)
-    config = uvicorn.Config(create_app(service), log_config=None, access_log=False, server_header=False)
-    host, port = server.getsockname()[:2]
-    _logger.info("listening", extra={"fields": {"host": host, "port": port, "model": service.settings.model_name}})
-    _Server(config, service).run(sockets=[server])
+    _Server(configuration(service), service).run(sockets=[server])
     if service.worker.failed:
         sys.exit(1)

@@ -99,37 +99,38 @@ class Service:
             "tokens", lambda: str(self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
         )
 
-    def submit(self, http: HttpRequest, body: Sampling, prompts: Sequence[Prompt], **params: Any) -> Job:
+    async def submit(self, http: HttpRequest, body: Sampling, prompts: Sequence[Prompt], **params: Any) -> Job:
         """Hand the prompts to the engine, with the body's parameters and `params`. The caller closes the job.
 
         Raises ApiError: 400 where the engine would refuse one of them, 429 and 503 as `Worker.submit`.
         """
-        limit = params["max_tokens"]
-        tenant, salt = getattr(http.state, "tenant", 0), body.cache_salt
-        try:
+        tenant = getattr(http.state, "tenant", 0)
+        salt = f"{tenant}" if body.cache_salt is None else f"{tenant} {body.cache_salt}"
+
+        def checked() -> list[Request]:
             sampling = body.sampling_params(**params)
-            requests = [
-                Request(uuid.uuid4().hex, prompt.ids, sampling, cache_salt=f"{tenant}:{salt}" if salt else str(tenant))
-                for prompt in prompts
-            ]
+            requests = [Request(uuid.uuid4().hex, prompt.ids, sampling, cache_salt=salt) for prompt in prompts]
             for request in requests:
                 self._engine.check(request)
-                self._check_length(request.prompt_length, limit)
+                self._check_length(request)
+            return requests
+
+        try:
+            # Not in the event loop: a grammar may take a second to compile.
+            requests = await asyncio.get_running_loop().run_in_executor(self._tokenizing, checked)
         except ValueError as error:
             raise bad_value(error, list(type(body).model_fields)) from None
         http.state.log |= {"prompt_tokens": sum(len(prompt.ids) for prompt in prompts)}
         http.state.log |= {} if body.user is None else {"user": body.user}
         return self.worker.submit(requests, stream=bool(body.stream))
 
-    def _check_length(self, prompt: int, limit: int | None) -> None:
-        if prompt + (limit or 1) > self.max_model_len:
-            asked = f"{prompt} tokens of the prompt and {limit or 1} of the completion"
-            raise ApiError(
-                400,
-                f"{asked} are more than the {self.max_model_len} that the model and its cache have room for",
-                param="prompt" if prompt + 1 > self.max_model_len else "max_tokens",
-                code="context_length_exceeded",
-            )
+    def _check_length(self, request: Request) -> None:
+        prompt, completion = request.prompt_length, request.params.max_tokens or 1
+        if prompt + completion > self.max_model_len:
+            param = "max_tokens" if prompt < self.max_model_len else "prompt"
+            asked = f"{param}: {prompt} tokens of the prompt and {completion} to follow"
+            room = f"the {self.max_model_len} that the model and its cache have room for"
+            raise ApiError(400, f"{asked} are more than {room}", param=param, code="context_length_exceeded")
 
     def _encode(self, text: str, add_special_tokens: bool) -> Prompt:
         return Prompt(list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens)), text)
