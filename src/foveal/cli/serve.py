@@ -60,6 +60,8 @@ def serve(
     """Serve MODEL over HTTP with OpenAI's API. SIGTERM or Ctrl-C finishes what runs and ends; a second one stops."""
     if any(not key.strip() for key in api_key or []):
         raise typer.BadParameter("a key must not be empty", param_hint="--api-key")
+    if served_model_name == "":
+        raise typer.BadParameter("a name must not be empty", param_hint="--served-model-name")
     try:
         from foveal.server.run import listen
         from foveal.server.run import serve as run
