@@ -1,7 +1,6 @@
 """A server on a real socket, in a thread of this process, whose engine the test can look into."""
 
 import asyncio
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -67,7 +66,6 @@ def serving(llm: LLM, **settings: Any) -> Iterator[Server]:
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[socket])), daemon=True)
     thread.start()
     wait_until(lambda: server.started)
-    logging.getLogger("foveal").setLevel(logging.INFO)
     try:
         yield Server(f"http://127.0.0.1:{socket.getsockname()[1]}", service, llm)
     finally:

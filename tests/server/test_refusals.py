@@ -207,6 +207,7 @@ def test_a_full_queue(locked: Server) -> None:
 def test_logs_have_neither_keys_nor_prompts(locked: Server, caplog: pytest.LogCaptureFixture) -> None:
     """Guards the log: a line a request, with its id, and nothing of what was said."""
     caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, logger="foveal")
     secret = "the-secret-prompt"
     body = COMPLETION | {"prompt": secret, "user": "u-1"}
     headers = {"authorization": f"Bearer {KEY}", "x-request-id": "my-id.1"}
