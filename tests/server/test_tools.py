@@ -86,14 +86,8 @@ def test_what_is_no_call_stays_text(name: str) -> None:
     """Guards against a broken call that vanishes, or is passed on as one."""
     form = FORMATS[name]
     opening, closing = form.inner
-    for body in (
-        "",
-        "nonsense",
-        '{"name": "f", "arguments": {"a": 1e999}}',
-        '{"name": 3}',
-        'f<｜tool▁sep｜>{"a": NaN}',
-        '">',
-    ):
+    bodies = ["", "nonsense", '{"name": 3}', '{"name": "f", "arguments": [1]}', '">', 'f<｜tool▁sep｜>{"a": NaN}']
+    for body in [*bodies, '{"name": "f", "arguments": {"a": 1e999}}']:
         text = f"{opening}{body}{closing}"
         assert parse(form, [text]) == (text, [])
     cut = WRITTEN[name][: WRITTEN[name].index("Köln")]
