@@ -18,6 +18,7 @@ def chat(
     kv_cache_dtype: options.KVCacheDtype = "auto",
     mla_form: options.MLAForm = "auto",
     quantization: options.Quantization = None,
+    adapter: options.Adapter = None,
 ) -> None:
     """Talk with MODEL. /reset forgets what was said, /exit or the end of input ends."""
     from foveal import SamplingParams
@@ -25,14 +26,15 @@ def chat(
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop
     )
-    precision = {
+    settings = {
         "dtype": dtype,
         "index_dtype": index_dtype,
         "kv_cache_dtype": kv_cache_dtype,
         "mla_form": mla_form,
         "quantization": quantization,
+        "adapter": adapter,
     }
-    llm = session.load(model, precision)
+    llm = session.load(model, settings)
     messages: list[dict[str, str]] = []
     while (line := _next_line()) is not None:
         if line == "/exit":

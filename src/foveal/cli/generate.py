@@ -36,6 +36,7 @@ def generate(
     kv_cache_dtype: options.KVCacheDtype = "auto",
     mla_form: options.MLAForm = "auto",
     quantization: options.Quantization = None,
+    adapter: options.Adapter = None,
 ) -> None:
     """Write what MODEL makes of PROMPT, token by token."""
     text = _prompt_text(prompt, file)
@@ -52,14 +53,15 @@ def generate(
         ids = chat_prompt(tokenizer, messages)["prompt_token_ids"] if chat else tokenizer.encode(text)
         return len(ids) + max_tokens
 
-    precision = {
+    settings = {
         "dtype": dtype,
         "index_dtype": index_dtype,
         "kv_cache_dtype": kv_cache_dtype,
         "mla_form": mla_form,
         "quantization": quantization,
+        "adapter": adapter,
     }
-    llm = session.load(model, precision, length)
+    llm = session.load(model, settings, length)
     stream = llm.stream(llm.chat_prompt(messages) if chat else text, params)
     if as_json:
         print(json.dumps({"model": model, **_measured(text, stream)}, ensure_ascii=False))

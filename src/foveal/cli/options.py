@@ -1,5 +1,6 @@
 """Arguments and options that several commands share."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -37,5 +38,9 @@ MLAForm = Annotated[
 Quantization = Annotated[
     str | None,
     typer.Option(help="Round the weights to int8 or int4 while they are loaded.", rich_help_panel=_PRECISION),
+]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(help="Indexers for a dense model: the folder that foveal train wrote.", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from foveal.engine import RequestOutput
 
 
-def load(model: str, precision: Mapping[str, Any], length: Callable[[Any], int] | None = None) -> "LLM":
-    """The model with its engine, for one sequence at a time; `precision` are options of `LLM`.
+def load(model: str, settings: Mapping[str, Any], length: Callable[[Any], int] | None = None) -> "LLM":
+    """The model with its engine, for one sequence at a time; `settings` are options of `LLM`.
 
     `length`: how many tokens the only request will have, given the tokenizer; the cache is made for no more than these.
     """
@@ -25,7 +25,7 @@ def load(model: str, precision: Mapping[str, Any], length: Callable[[Any], int] 
     if length is not None:
         pages = -(-length(tokenizer) // PAGE_SIZE)
         longest = min(open_checkpoint(path).config.max_positions, pages * PAGE_SIZE)
-    return LLM(path, tokenizer=tokenizer, max_num_seqs=1, max_model_len=longest, **precision)
+    return LLM(path, tokenizer=tokenizer, max_num_seqs=1, max_model_len=longest, **settings)
 
 
 def checked(stream: Iterator["RequestOutput"]) -> Iterator["RequestOutput"]:

@@ -54,6 +54,15 @@ def core_macs(config: ModelConfig, queries: int, context: int, form: Form) -> di
     return _core_macs(_Folded.of(config), queries, context, form)
 
 
+def training_flops(config: ModelConfig, context: int, *, dense: bool) -> float:
+    """Floating-point operations a token of learning from rows of `context` tokens, each one document: two a MAC, once
+    forward and twice backward. The indexer's targets are not counted."""
+    possible = forms(config)
+    form: Form = "sparse" if "sparse" in possible and not dense else possible[0]
+    macs = step_macs(config, context, context, form)
+    return 6 * (sum(macs.values()) / context + macs["lm_head"] * (1 - 1 / context))
+
+
 def running_form(config: ModelConfig, queries: int, context: int) -> Form:
     """The form that Foveal's layers run: the cheapest that gives the right numbers (`cheapest_mla_form`); selected
     pairs only once the context is longer than top-k."""

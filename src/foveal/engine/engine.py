@@ -225,12 +225,15 @@ class Engine:
         kept = [row for row, one in enumerate(sequences) if not one.finished]
         if len(kept) < len(sequences):
             logits_LV, sequences = logits_LV[kept], [sequences[row] for row in kept]
+            rows = [rows[row] for row in kept]
         tokens = self._sampler.sample(logits_LV, sequences, [allowed[row] for row in kept])
         for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
             if sequence.params.logprobs is not None:
                 (entry,) = self._sampler.logprobs(logits_LV[row : row + 1], [token], sequence.params.logprobs)
                 sequence.logprobs.append(entry)
                 sequence.cumulative_logprob += entry[token].logprob
+            if sequence.params.selection:
+                sequence.selections.append(step.selections[rows[row]])
             self._append(sequence, token)
 
     def _allowed(self, logits_LV: Tensor, sequences: Sequence[SequenceState]) -> list[Tensor | None]:

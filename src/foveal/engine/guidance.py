@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Between the parts of JSON: nothing, one space, or a new line with its indentation. Without a bound a model may write
 # spaces until its tokens run out.
-_WHITESPACE = r"([ ]|\n[ \t]{0,40})?"
+WHITESPACE = r"([ ]|\n[ \t]{0,40})?"
 _RULES: dict[str, tuple[tuple[type, ...], str]] = {
     "json_object": ((bool,), "True or False"),
     "json_schema": ((Mapping, str), "a JSON schema, as a mapping or as text"),
@@ -112,7 +112,7 @@ class Grammars:
         second for a large vocabulary."""
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._eos_ids = [token for token in eos_ids if token < vocab_size]
+        self._eos_ids = sorted(token for token in eos_ids if token < vocab_size)
         self._words: LLTokenizer | None = None
         self._compiled = lru_cache(maxsize=_KEPT)(self._compile)
 
@@ -142,19 +142,32 @@ class Grammars:
         return matcher
 
     def _read_tokenizer(self) -> "LLTokenizer":
-        try:
-            from llguidance.hf import from_tokenizer
-        except ImportError:
-            raise ValueError("guidance needs the package llguidance: pip install 'foveal[serve]'") from None
-
+        from_tokenizer = _package().hf.from_tokenizer
         size = max(self._vocab_size, len(self._tokenizer))
         try:
             # A model without an end-of-sequence token gets one that it cannot produce.
-            if not self._eos_ids:
-                return from_tokenizer(self._tokenizer, n_vocab=size + 1, eos_token=[size])
-            return from_tokenizer(self._tokenizer, n_vocab=size, eos_token=self._eos_ids)
+            ends = self._eos_ids or [size]
+            words: LLTokenizer = from_tokenizer(self._tokenizer, n_vocab=max(size, ends[-1] + 1), eos_token=ends)
         except ValueError as error:
             raise ValueError(f"guidance cannot read this model's tokenizer: {error}") from None
+        return words
+
+
+def check_schema(schema: Mapping[str, Any], name: str) -> None:
+    """Raises ValueError, beginning with `name`, where JSON cannot be held to this schema."""
+    llguidance = _package()
+    grammar = _grammar("json_schema", json.dumps(dict(schema)))
+    problem = llguidance.LLMatcher.validate_grammar(grammar)
+    if problem and not problem.startswith("WARNING"):
+        raise ValueError(f"{name}: {' '.join(problem.split())}")
+
+
+def _package() -> Any:
+    try:
+        import llguidance.hf
+    except ImportError:
+        raise ValueError("guidance needs the package llguidance: pip install 'foveal[serve]'") from None
+    return llguidance
 
 
 def _grammar(kind: str, text: str) -> str:
@@ -166,4 +179,4 @@ def _grammar(kind: str, text: str) -> str:
     if kind == "grammar":
         return LLMatcher.grammar_from_lark(text)
     schema = '{"type": "object"}' if kind == "json_object" else text
-    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITESPACE})
+    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": WHITESPACE})

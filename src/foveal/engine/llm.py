@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from foveal.cache import CacheManager, CacheUsage
+from foveal.cache import PAGE_SIZE, CacheManager, CacheUsage
 from foveal.cache.store import CacheStore, plan_cache
 from foveal.config import ModelConfig
 from foveal.config.model import GQAConfig, MLAConfig
 from foveal.engine.engine import Engine
+from foveal.engine.look import LayerSight, layer_sights, sparse_layers
 from foveal.engine.memory import CacheDemand, cache_pages
 from foveal.engine.outputs import RequestOutput
 from foveal.engine.params import SamplingParams
@@ -42,7 +43,7 @@ class LLM:
     `kv_cache_dtype` (of latents) and `index_dtype` (of index keys) are names or torch dtypes; torch.float8_e4m3fn is
     "fp8". `mla_form`: how latent attention is computed: "expanded", "absorbed", or "auto", the cheaper one for each
     sequence. `quantization`: "int8" or "int4" rounds the weights while they are loaded; activations keep their dtype
-    (CPU only; see `Decoder.quantise`).
+    (CPU only; see `Decoder.quantise`). `adapter`: a directory with indexers for a dense model (`foveal train`).
     `max_model_len`: most tokens of a prompt and its completion (None: the model's). `max_num_seqs` sequences
     run at a time, and a step computes at most `max_num_batched_tokens` tokens. `kv_cache_memory`: bytes of the cache
     (None: a share of the memory that is free, and no more than `max_num_seqs` sequences of `max_model_len` tokens
@@ -69,6 +70,7 @@ class LLM:
         index_dtype: str | torch.dtype = "auto",
         mla_form: str = "auto",
         quantization: str | None = None,
+        adapter: str | Path | None = None,
         seed: int = 0,
         enforce_eager: bool = False,
         tokenizer: Any = None,
@@ -78,7 +80,13 @@ class LLM:
         self.tokenizer = None if skip_tokenizer_init else tokenizer or _tokenizer(path)
         index_name = dtype_name(index_dtype)
         decoder = load_model(
-            path, dtype=dtype, device=device, index_dtype=index_name, mla_form=mla_form, quantization=quantization
+            path,
+            dtype=dtype,
+            device=device,
+            index_dtype=index_name,
+            mla_form=mla_form,
+            quantization=quantization,
+            adapter=adapter,
         )
         if not enforce_eager:
             decoder.pack()
@@ -97,7 +105,7 @@ class LLM:
             window=plan.window,
         )
         store = CacheStore(plan, pages, slots, device)
-        runner = Runner(decoder, store, manager, device=device)
+        runner = Runner(decoder, store, manager, device=device, sparse=sparse_layers(config))
         self.engine = Engine(
             runner,
             manager,
@@ -109,6 +117,7 @@ class LLM:
             seed=seed,
             plain_rope=_plain_rope(config),
         )
+        self._cache_plan = plan
         self._added = 0
         self._inbox: dict[str, deque[RequestOutput]] = {}
 
@@ -116,6 +125,19 @@ class LLM:
     def usage(self) -> CacheUsage:
         """How full the cache is."""
         return self.engine.usage
+
+    @property
+    def layer_sights(self) -> tuple[LayerSight, ...]:
+        """What each of the model's mixers can see."""
+        return layer_sights(self._cache_plan.config)
+
+    def cache_bytes(self, tokens: int) -> int:
+        """What the cache holds for one sequence of so many tokens, in whole pages."""
+        plan = self._cache_plan
+        pages = -(-tokens // PAGE_SIZE)
+        if plan.window is not None:
+            pages = min(pages, -(-plan.window // PAGE_SIZE) + 1)
+        return pages * plan.page_bytes + plan.slot_bytes
 
     def generate(
         self,

@@ -7,6 +7,7 @@ import torch
 
 from foveal.engine.detokenize import Detokenizer
 from foveal.engine.guidance import Guide
+from foveal.engine.look import TokenSelection
 from foveal.engine.outputs import CompletionOutput, FinishReason, Logprobs, RequestOutput
 from foveal.engine.params import SamplingParams
 from foveal.engine.penalties import TokenCounts
@@ -29,6 +30,7 @@ class SequenceState:
     computed: int = 0
     logprobs: list[Logprobs] = field(default_factory=list)
     cumulative_logprob: float = 0.0
+    selections: list[TokenSelection] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     counts: TokenCounts | None = None
@@ -79,6 +81,7 @@ class SequenceState:
             logprobs=list(self.logprobs) if wanted else None,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
+            selection=list(self.selections) if self.params.selection else None,
         )
 
     def _text(self) -> str:

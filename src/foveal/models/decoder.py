@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
+from torch.utils.checkpoint import checkpoint
 
 from foveal.cache.layouts import BlockCache
 from foveal.cache.store import CacheStore, resolve_index_dtype
@@ -37,6 +38,8 @@ class Options:
     """Index keys: auto, fp8, bf16 or float32."""
     mla_form: str = "auto"
     """auto (the cheapest by arithmetic), expanded or absorbed."""
+    checkpoint_activations: bool = False
+    """With gradients: keep the input of each layer alone, and compute the layer again in the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,10 @@ class Decoder(nn.Module):
                 x_TD = part(x_TD, step, cache)
         else:
             for index, layer in enumerate(self.layers):
-                x_TD = layer(x_TD, step, cache.layers[index] if cache else None)
+                if self.options.checkpoint_activations and torch.is_grad_enabled():
+                    x_TD = checkpoint(_layer_again, layer, x_TD, step, step.selection_TK, use_reentrant=False)
+                else:
+                    x_TD = layer(x_TD, step, cache.layers[index] if cache else None)
         return x_TD, step.collected
 
     def head(self, x_LD: Tensor) -> Tensor:
@@ -123,6 +129,13 @@ class Decoder(nn.Module):
         """The rounded copy of the embeddings, where they serve as the head."""
         if self.config.tied_embeddings:
             self._packed_head = quantise_weight(self.embed_tokens.weight, quantization)
+
+
+def _layer_again(layer: nn.Module, x_TD: Tensor, step: Step, selection_TK: Tensor | None) -> Tensor:
+    """A layer that may run a second time, when the step's selection has long become a later layer's."""
+    step.selection_TK = selection_TK
+    out_TD: Tensor = layer(x_TD, step, None)
+    return out_TD
 
 
 class Layer(nn.Module):

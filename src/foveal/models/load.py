@@ -11,6 +11,7 @@ from foveal.cache.store import resolve_index_dtype
 from foveal.config import ModelConfig
 from foveal.config.model import MLAConfig
 from foveal.kernels import QUANTIZATIONS
+from foveal.models.adapter import check_base, with_adapter
 from foveal.models.decoder import Decoder, Options, quantise_layer
 from foveal.models.gguf import open_gguf
 from foveal.models.names import checkpoint_parts, checkpoint_tensors, part_tensors
@@ -34,6 +35,7 @@ def load_model(
     index_dtype: str | torch.dtype = "auto",
     mla_form: str = "auto",
     quantization: str | None = None,
+    adapter: str | Path | None = None,
 ) -> Decoder:
     """Load a model with its weights, in evaluation mode.
 
@@ -44,13 +46,14 @@ def load_model(
     mla_form: how latent attention is computed: "auto" (the cheapest by arithmetic), "expanded" or "absorbed".
     quantization: "int8" or "int4" rounds the weights, part by part while they are read (see `Decoder.quantise`); None
         leaves them as they are. For the CPU, in float32 and bfloat16.
+    adapter: a directory with indexers that were trained for this model; its attention layers become sparse.
 
     Raises ValueError for anything that cannot be loaded as asked, naming it: an unknown model, dtype, device or form, a
     setting for a part that the model does not have, a config that is not supported, tensors that are damaged, missing,
-    unexpected or mis-shaped, or too little memory.
+    unexpected or mis-shaped, an adapter of another model, or too little memory.
     """
     target = _device(device)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, adapter)
     options = Options(_dtype(dtype, checkpoint), dtype_name(index_dtype), mla_form)
     _check_options(options, checkpoint.config)
     _check_quantization(quantization, options.dtype, target)
@@ -63,6 +66,8 @@ def load_model(
         fill(checkpoint_tensors(decoder), checkpoint.tensors)
     else:
         _fill_quantised(decoder, checkpoint, quantization)
+    if adapter is not None:
+        check_base(decoder, Path(adapter))
     return decoder.eval()
 
 
@@ -78,10 +83,12 @@ def _fill_quantised(decoder: Decoder, checkpoint: Checkpoint, quantization: str)
     decoder.quantise_head(quantization)
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """The config and the unread tensors of a model, whichever form it is stored in. Raises as `load_model` does."""
+def open_checkpoint(path: str | Path, adapter: str | Path | None = None) -> Checkpoint:
+    """The config and the unread tensors of a model, whichever form it is stored in, and of its adapter. Raises as
+    `load_model` does."""
     found = resolve_model(str(path))
-    return open_safetensors(found) if found.is_dir() else open_gguf(found)
+    checkpoint = open_safetensors(found) if found.is_dir() else open_gguf(found)
+    return checkpoint if adapter is None else with_adapter(checkpoint, Path(adapter))
 
 
 def generation_defaults(path: str | Path) -> dict[str, Any]:

@@ -26,11 +26,13 @@ _SPLITS = {"llama-bpe": _WORDS % "{1,3}", "qwen2": _WORDS % "", "deepseek-r1-qwe
 
 
 def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a model (anything that `resolve_model` understands), with its chat template where it has one.
+    """The tokenizer in a directory, or of a model (anything that `resolve_model` understands), with its chat template
+    where it has one.
 
     Raises ValueError where there is none, or none that can be read.
     """
-    found = resolve_model(str(path))
+    alone = Path(path).expanduser()
+    found = alone if (alone / "tokenizer.json").is_file() else resolve_model(str(path))
     return _from_gguf(found) if found.is_file() else _from_directory(found)
 
 

@@ -66,6 +66,11 @@ def open_safetensors(directory: Path) -> Checkpoint:
     return Checkpoint(config, _with_scales(_skip(stored, config), config.fp8_blocks))
 
 
+def safetensors_in(file: Path) -> tuple[StoredTensor, ...]:
+    """All tensors of one safetensors file, unread. ValueError where it is damaged."""
+    return _with_scales(_entries(file), None)
+
+
 def fill(views: Mapping[str, Tensor], tensors: Iterable[StoredTensor]) -> None:
     """Copy each stored tensor into the view of its name, converting to the view's dtype and device.
 

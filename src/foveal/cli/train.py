@@ -1,0 +1,53 @@
+"""`foveal train`: run a training recipe."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE.toml", help="What to train, on what, and how.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, such as run.seed=1."),
+    ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Print every key of a recipe with its meaning.")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write indexers into the model (deepseek_v32), not as an adapter.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object about the result.")] = False,
+) -> None:
+    """Train a model, or the indexers that make one sparse.
+
+    A run that was stopped goes on from its last checkpoint when it is started again.
+    """
+    from foveal.train.recipe import explain as explained
+    from foveal.train.recipe import read_recipe
+    from foveal.train.schema import Recipe
+
+    if explain:
+        print(explained(Recipe), end="")
+        return
+    if recipe is None:
+        raise typer.BadParameter("give a recipe, or --explain", param_hint="RECIPE.toml")
+    from foveal.train.trainer import Trainer
+
+    trainer = Trainer(read_recipe(recipe, Recipe, overrides or ()))
+    written = trainer.train(merge=merge)
+    if as_json:
+        progress = trainer.progress
+        print(
+            json.dumps(
+                {
+                    "written": [str(path) for path in written],
+                    "updates": progress.update,
+                    "tokens": progress.tokens,
+                    "seconds": progress.seconds,
+                }
+            )
+        )
+    else:
+        for path in written:
+            print(f"wrote {path}")

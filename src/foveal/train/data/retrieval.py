@@ -1,0 +1,251 @@
+"""Made-up documents in which something said once has to be found again, at any distance up to the context."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from random import Random
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foveal.train.data import words
+from foveal.train.data.rows import Ids, Row
+from foveal.train.data.settings import RetrievalSettings, Task
+from foveal.train.data.shards import Shard
+from foveal.train.data.tokenizer import Encoder
+
+T = TypeVar("T")
+
+_ADJECTIVES, _NOUNS, _VERBS = words.ADJECTIVES.split(), words.NOUNS.split(), words.VERBS.split()
+_PLACES = words.PLACES.split("|")
+
+
+@dataclass(frozen=True)
+class _Snippet:
+    ids: list[int]
+    answers: list[bool]
+    """Which ids the document so far tells."""
+
+
+@dataclass
+class _Draft:
+    """A document before it has its length: snippets at moments between 0 and 1, haystack around them."""
+
+    opening: _Snippet
+    closing: _Snippet
+    size: int
+    """Tokens of everything so far, the end token included."""
+    events: list[tuple[float, _Snippet]] = field(default_factory=list)
+
+    def add(self, events: Iterable[tuple[float, _Snippet]]) -> None:
+        for event in events:
+            self.events.append(event)
+            self.size += len(event[1].ids)
+
+
+class _Sentences:
+    """A haystack of plain sentences."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        dice = Random("sentences")
+        texts = (
+            f" The {_pick(dice, _ADJECTIVES)} {_pick(dice, _NOUNS)} {_pick(dice, _VERBS)}"
+            f" the {_pick(dice, _ADJECTIVES)} {_pick(dice, _NOUNS)} {_pick(dice, _PLACES)}."
+            for _ in range(1024)
+        )
+        self._sentences = [np.array(encoder.snippet(text)[0], dtype=np.int64) for text in texts]
+
+    def take(self, dice: Random, count: int) -> Ids:
+        found: list[Ids] = [np.empty(0, dtype=np.int64)]
+        while count > 0:
+            found.append(_pick(dice, self._sentences)[:count])
+            count -= len(found[-1])
+        return np.concatenate(found)
+
+
+class _Passages:
+    """A haystack of passages from a text source's documents."""
+
+    def __init__(self, shard: Shard, documents: Ids) -> None:
+        self._shard, self._documents = shard, documents
+        self._ends = np.cumsum(shard.lengths[documents] - 1)  # without the end tokens
+        if not len(documents) or self._ends[-1] <= 0:
+            raise ValueError("the haystack has no text")
+
+    def take(self, dice: Random, count: int) -> Ids:
+        found: list[Ids] = [np.empty(0, dtype=np.int64)]
+        place = int(dice.random() * int(self._ends[-1]))
+        while count > 0:
+            index = int(np.searchsorted(self._ends, place, side="right"))
+            length = min(count, int(self._ends[index]) - place)
+            document = int(self._documents[index])
+            start = place - int(self._ends[index]) + int(self._shard.lengths[document]) - 1
+            found.append(self._shard.read(document, start, length))
+            count -= length
+            place = (place + length) % int(self._ends[-1])
+        return np.concatenate(found)
+
+
+class RetrievalRows:
+    """Rows of retrieval documents; row n depends on the seed and n alone."""
+
+    def __init__(
+        self,
+        settings: RetrievalSettings,
+        encoder: Encoder,
+        haystack: tuple[Shard, Ids] | None,
+        context: int,
+        seed: Sequence[int],
+    ) -> None:
+        if context < settings.min_length:
+            raise ValueError(f"min_length = {settings.min_length} is longer than the context of {context} tokens")
+        self._settings, self._encoder, self._context, self._seed = settings, encoder, context, tuple(seed)
+        self._haystack = _Sentences(encoder) if haystack is None else _Passages(*haystack)
+        self._word_starts = np.array(encoder.word_starts())
+        self._drafts: dict[Task, Callable[[Random, int], _Draft]] = {
+            "passkey": self._passkey,
+            "multikey": self._multikey,
+            "recall": self._recall,
+            "copy": self._copy,
+        }
+
+    def row(self, number: int) -> Row:
+        """Documents whose lengths lie evenly on a logarithmic scale, until the row is full."""
+        dice = Random(f"retrieval {self._seed} {number}")
+        sequences, weights, left = [], [], self._context
+        shortest = self._settings.min_length
+        while left:
+            length = min(left, int(shortest * (self._context / shortest) ** dice.random()))
+            if left - length < shortest:
+                length = left
+            ids, answers = self._document(dice, length)
+            sequences.append(ids)
+            weights.append(self._loss_weights(answers))
+            left -= length
+        plain = self._settings.answer_weight == self._settings.other_weight == 1
+        return Row(tuple(sequences), None if plain else tuple(weights))
+
+    def _loss_weights(self, answers: NDArray[np.bool_]) -> NDArray[np.float32]:
+        chosen: NDArray[np.float32] = np.where(
+            answers, np.float32(self._settings.answer_weight), np.float32(self._settings.other_weight)
+        )
+        return chosen
+
+    def _document(self, dice: Random, length: int) -> tuple[Ids, NDArray[np.bool_]]:
+        """A document of exactly `length` tokens, and which of them it tells beforehand."""
+        draft = self._drafts[_pick(dice, self._settings.tasks)](dice, length)
+        if draft.size > length:  # a tokenizer with little but bytes
+            draft = self._copy(dice, length)
+        hay = self._haystack.take(dice, length - draft.size)
+        events = sorted(draft.events, key=lambda event: event[0])
+        cuts = [0, *(self._word_start(hay, moment) for moment, _ in events), len(hay)]
+        snippets = [*(snippet for _, snippet in events), draft.closing]
+        ids, answers = [*draft.opening.ids], [*draft.opening.answers]
+        for (start, stop), snippet in zip(pairwise(cuts), snippets, strict=True):
+            ids += [*hay[start:stop].tolist(), *snippet.ids]
+            answers += [*[False] * (stop - start), *snippet.answers]
+        assert len(ids) == length - 1
+        return np.array([*ids, self._encoder.end], dtype=np.int64), np.array([*answers, False])
+
+    def _word_start(self, hay: Ids, moment: float) -> int:
+        """The first place after a moment where no word is torn apart; the moment itself where words are long."""
+        place = int(moment * len(hay))
+        near = np.flatnonzero(self._word_starts[hay[place : place + 16]])
+        return place + int(near[0]) if len(near) else place
+
+    def _passkey(self, dice: Random, length: int) -> _Draft:
+        needle, question = words.PASSKEY
+        value = {"value": _number(dice, 5)}
+        draft = self._draft(words.PASSKEY_OPENING, self._snippet(question, value))
+        draft.add([(dice.random(), self._snippet(needle, value, told=False))])
+        return draft
+
+    def _multikey(self, dice: Random, length: int) -> _Draft:
+        """A few facts far apart, some of them asked for on the way."""
+        return self._facts(dice, length, _pick(dice, words.MULTIKEY), room=length / 4, most=16, asked=0.5)
+
+    def _recall(self, dice: Random, length: int) -> _Draft:
+        """A table of pairs, up to most of the document, with questions in between."""
+        return self._facts(
+            dice, length, _pick(dice, words.RECALL), room=length * (0.1 + 0.8 * dice.random()), most=512, asked=0.3
+        )
+
+    def _facts(
+        self, dice: Random, length: int, form: tuple[str, str], *, room: float, most: int, asked: float
+    ) -> _Draft:
+        """Facts of one form about different keys, as many as there is room for; the last question is about one."""
+        join = _pick(dice, (" ", "-"))
+        keys = (join.join(_pair(number)) for number in _distinct(dice, len(_ADJECTIVES) * len(_NOUNS)))
+        needle, question = form
+        facts = [self._fact(dice, next(keys))]
+        opening = words.MAGIC_OPENING if form is words.MAGIC else ""
+        draft = self._draft(opening, self._snippet(question, facts[0]))
+        draft.add([(dice.random(), self._snippet(needle, facts[0], told=False))])
+        for _ in range(1 + _below(dice, most - 1)):
+            fact, moment = self._fact(dice, next(keys)), dice.random()
+            events = [(moment, self._snippet(needle, fact, told=False))]
+            if dice.random() < asked:
+                events.append((moment + (1 - moment) * dice.random(), self._snippet(question, fact)))
+            if draft.size + sum(len(snippet.ids) for _, snippet in events) > min(room, length):
+                break
+            draft.add(events)
+        return draft
+
+    def _fact(self, dice: Random, name: str) -> dict[str, str]:
+        return {
+            "key": name,
+            "value": _number(dice, 4 + _below(dice, 4)),
+            "word": " ".join(_pair(_below(dice, len(_ADJECTIVES) * len(_NOUNS)))),
+        }
+
+    def _copy(self, dice: Random, length: int) -> _Draft:
+        """A passage that comes a second time: told from its fifth token on."""
+        size = 8 + _below(dice, max(1, min(length // 4, 512) - 8))
+        ids = self._haystack.take(dice, size).tolist()
+        if dice.random() < 0.5:
+            words = " ".join(_pick(dice, _NOUNS) for _ in range(size))
+            ids = self._encoder.snippet(f" {words}")[0][:size]
+        first = _Snippet(ids, [False] * len(ids))
+        again = _Snippet(ids, [False] * 4 + [True] * (len(ids) - 4))
+        draft = self._draft("", again)
+        draft.add([(dice.random(), first)])
+        return draft
+
+    def _draft(self, opening: str, closing: _Snippet) -> _Draft:
+        ids = self._encoder.snippet(opening)[0] if opening else []
+        return _Draft(_Snippet(ids, [False] * len(ids)), closing, len(ids) + len(closing.ids) + 1)
+
+    def _snippet(self, form: str, fact: dict[str, str], told: bool = True) -> _Snippet:
+        """A form filled in; `told`: its last value is known by now."""
+        text = form.format(**fact)
+        ids, places = self._encoder.snippet(text)
+        value = fact["word" if "{word}" in form else "value"]
+        start = text.rindex(value)
+        return _Snippet(ids, [told and begin < start + len(value) and stop > start for begin, stop in places])
+
+
+def _pair(number: int) -> tuple[str, str]:
+    return _ADJECTIVES[number % len(_ADJECTIVES)], _NOUNS[number // len(_ADJECTIVES) % len(_NOUNS)]
+
+
+def _number(dice: Random, digits: int) -> str:
+    return str(10 ** (digits - 1) + _below(dice, 9 * 10 ** (digits - 1)))
+
+
+def _below(dice: Random, count: int) -> int:
+    # Of Random's methods only random() promises the same numbers in every version of Python.
+    return int(dice.random() * count)
+
+
+def _pick(dice: Random, choices: Sequence[T]) -> T:
+    return choices[_below(dice, len(choices))]
+
+
+def _distinct(dice: Random, count: int) -> Iterable[int]:
+    seen: set[int] = set()
+    while True:
+        number = _below(dice, count)
+        if number not in seen:
+            seen.add(number)
+            yield number

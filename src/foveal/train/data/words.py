@@ -1,0 +1,56 @@
+"""The plain words and sentences that made-up documents consist of."""
+
+ADJECTIVES = (
+    "amber ancient bitter black blue brave bright broken brown calm clever cold crooked dark deep distant dusty "
+    "early empty fair false famous fierce fresh gentle golden grand green grey happy hollow honest hungry idle "
+    "iron large lazy little lonely long loud lucky narrow noble old pale plain proud purple quick quiet red rough "
+    "sharp silent silver simple slow small soft strange sweet tall tender tired warm white wild wise young"
+)
+NOUNS = (
+    "anchor apple arrow baker barrel basket bell boat bottle bridge butter candle captain castle cat chair church "
+    "clock coat coin corn cottage cow crown dog door dragon drum eagle engine farmer feather fiddle field fire "
+    "fish flag flower forest fox garden gate ghost goat hammer harbour hat hill horse house island judge key king "
+    "kitchen ladder lamp letter lion market mill miller mirror moon mountain mouse nail needle ocean orchard oven "
+    "paper pencil pigeon pipe pirate plough pocket pond queen rabbit ribbon ring river road rope sailor shepherd "
+    "ship shoe soldier spoon stable star stone street table teacher tiger tower tree village wagon wall whale "
+    "wheel window wolf"
+)
+VERBS = "saw found left watched passed followed remembered forgot painted carried sold bought wanted liked"
+PLACES = (
+    "in the morning|before supper|by the sea|near the old well|on a Sunday|after the rain|at the fair|in winter"
+    "|without a word|as always|for a shilling|under the trees|behind the church|on the way home|at noon|last year"
+)
+
+# What is said, and how it is asked for. {value} is a number, {word} is words, {key} is what they belong to.
+PASSKEY = (
+    " The pass key is {value}. Remember it. {value} is the pass key.",
+    " What is the pass key? The pass key is {value}.",
+)
+PASSKEY_OPENING = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you about "
+    "the important information there."
+)
+MAGIC = (
+    " One of the special magic numbers for {key} is: {value}.",
+    " What is the special magic number for {key} mentioned in the provided text?"
+    " The special magic number for {key} mentioned in the provided text is {value}.",
+)
+MAGIC_OPENING = (
+    "Some special magic numbers are hidden within the following text. Make sure to memorize them. I will quiz you "
+    "about the numbers afterwards."
+)
+MULTIKEY = (
+    MAGIC,
+    (" The secret number of the {key} is {value}.", " What is the secret number of the {key}? It is {value}."),
+    (
+        " Remember that the {key} costs {value} coins.",
+        " How many coins does the {key} cost? The {key} costs {value} coins.",
+    ),
+    (" The {key} belongs to the {word}.", " Who owns the {key}? The {key} belongs to the {word}."),
+)
+RECALL = (
+    ("\n{key}: {value}", "\n{key}: {value}"),
+    ("\n{key} = {word}", "\n{key} = {word}"),
+    (" The number of the {key} is {value}.", " The number of the {key} is {value}."),
+    MAGIC,
+)

@@ -1,0 +1,118 @@
+"""The parameters that a stage teaches, and how they are updated."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from foveal.models.decoder import Decoder, Embedding
+from foveal.nn.indexer import Indexer
+from foveal.train.optim import Masters, Muon, learning_rate_scale, matrices
+from foveal.train.schema import StageSettings
+from foveal.train.stages import KINDS
+
+
+class Learner:
+    """Optimisers over the parameters of one stage; all others are frozen."""
+
+    def __init__(self, decoder: Decoder, stage: StageSettings) -> None:
+        self.stage = stage
+        indexers = indexer_parameters(decoder)
+        self._freeze(decoder, indexers)
+        named = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
+        if not named:
+            raise ValueError(f"a {stage.kind} stage has nothing to learn: the model has no indexers")
+        self._masters = Masters(named)
+        self.optimizers = self._optimizers(decoder, named, indexers)
+
+    @property
+    def teaches_base(self) -> bool:
+        """Whether anything but indexers learns."""
+        return (self.stage.learns or KINDS[self.stage.kind].learns) != "indexer"
+
+    def _freeze(self, decoder: Decoder, indexers: set[nn.Parameter]) -> None:
+        learns = self.stage.learns or KINDS[self.stage.kind].learns
+        buffers = {p for name, p in decoder.named_parameters() if name.endswith("e_score_correction_bias")}
+        for parameter in decoder.parameters():
+            wanted = learns == "all" or (parameter in indexers) == (learns == "indexer")
+            parameter.requires_grad_(wanted and parameter not in buffers)
+
+    def _optimizers(
+        self, decoder: Decoder, named: dict[str, nn.Parameter], indexers: set[nn.Parameter]
+    ) -> list[torch.optim.Optimizer]:
+        stage = self.stage
+        by_muon = matrices(decoder) if stage.optimizer == "muon" else set()
+        undecayed = {m.weight for m in decoder.modules() if isinstance(m, Embedding)}
+        muon, adamw = [], []
+        for own, rate in ((False, stage.learning_rate), (True, stage.indexer_learning_rate or stage.learning_rate)):
+            part = {name: p for name, p in named.items() if (p in indexers) == own}
+            groups = {
+                "muon": [name for name, p in part.items() if p in by_muon],
+                "decayed": [name for name, p in part.items() if p not in by_muon | undecayed and p.dim() > 1],
+            }
+            groups["plain"] = [name for name in part if name not in groups["muon"] + groups["decayed"]]
+            for kind, names in groups.items():
+                params = [self._masters.by_name[name] for name in names]
+                decay = 0.0 if kind == "plain" else stage.weight_decay
+                group = {"params": params, "lr": rate, "highest": rate, "weight_decay": decay}
+                if params:
+                    (muon if kind == "muon" else adamw).append(group)
+        optimizers: list[torch.optim.Optimizer] = []
+        if muon:
+            optimizers.append(Muon(muon))
+        if adamw:
+            optimizers.append(torch.optim.AdamW(adamw, betas=(0.9, stage.beta2), eps=1e-10))
+        return optimizers
+
+    def update(self, step: int) -> dict[str, float]:
+        """One update from the gradients that were collected, which are then forgotten. What to log."""
+        stage = self.stage
+        scale = learning_rate_scale(
+            *(stage.schedule, step, stage.steps),
+            warmup=stage.warmup_steps,
+            decay=stage.decay_share,
+            floor=stage.final_share,
+        )
+        parameters = self._masters.take_gradients()
+        norm = nn.utils.clip_grad_norm_(parameters, stage.clip or float("inf"))
+        if not norm.isfinite():
+            raise FloatingPointError(f"the gradient at step {step} of this {stage.kind} stage is {float(norm)}")
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["highest"] * scale
+            optimizer.step()
+        self._masters.give_back()
+        return {"gradient_norm": float(norm), "learning_rate": stage.learning_rate * scale}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the optimisers remember, for a checkpoint; the tensors themselves, to be overwritten by one."""
+        self._remember()
+        tensors = {f"master.{name}": tensor for name, tensor in self._masters.copies()}
+        names = {parameter: name for name, parameter in self._masters.by_name.items()}
+        for optimizer in self.optimizers:
+            for parameter, state in optimizer.state.items():
+                for what, value in state.items():
+                    tensors[f"optimizer.{names[parameter]}.{what}"] = value
+        return tensors
+
+    def _remember(self) -> None:
+        """Make the optimisers' state where there is none yet, as before the first update."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter not in optimizer.state:
+                        optimizer.state[parameter] = dict(_first_state(optimizer, parameter))
+
+
+def _first_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(optimizer, Muon):
+        yield "momentum", torch.zeros_like(parameter)
+        return
+    yield "step", torch.tensor(0.0)
+    yield "exp_avg", torch.zeros_like(parameter)
+    yield "exp_avg_sq", torch.zeros_like(parameter)
+
+
+def indexer_parameters(decoder: Decoder) -> set[nn.Parameter]:
+    """The parameters of all indexers."""
+    return {p for module in decoder.modules() if isinstance(module, Indexer) for p in module.parameters()}

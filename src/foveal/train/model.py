@@ -1,0 +1,136 @@
+"""The model of a run: how it begins, and what is written when it is done."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foveal.config import ModelConfig, read_config
+from foveal.config.indexers import with_indexers
+from foveal.config.model import IndexerConfig, MLAConfig
+from foveal.models.adapter import AdapterConfig, check_base, fingerprint, indexer_tensors, save_adapter
+from foveal.models.decoder import Decoder, Options
+from foveal.models.load import open_checkpoint
+from foveal.models.names import checkpoint_tensors
+from foveal.models.resolve import resolve_model
+from foveal.models.save import save_model
+from foveal.models.weights import check, fill
+from foveal.train.initial import initialise, initialise_indexers
+from foveal.train.schema import ModelSettings
+
+
+@dataclass
+class TrainedModel:
+    """A decoder that learns, and what is known of where it came from."""
+
+    decoder: Decoder
+    raw_config: Mapping[str, Any] | None
+    """config.json of the base; None: it has none (GGUF)."""
+    base: str
+    added: IndexerConfig | None
+    """An indexer that the base does not have."""
+
+    def save(self, output: Path, tokenizer: Path, *, base_learned: bool, merge: bool) -> list[Path]:
+        """Write what was learned: model/ where the base's weights changed or `merge` is asked for, and adapter/ for
+        indexers that the base does not have. Returns what was written."""
+        written = []
+        tensors = checkpoint_tensors(self.decoder)
+        if merge or base_learned:
+            if self.raw_config is None:
+                raise ValueError(f"{self.base} has no config.json, so a model cannot be written, only an adapter")
+            config, kept = self.raw_config, tensors
+            if self.added is not None and merge:
+                config = merged_config(self.raw_config, self.decoder.config, self.added)
+            elif self.added is not None:
+                kept = {name: tensor for name, tensor in tensors.items() if name not in indexer_tensors(self.decoder)}
+            save_model(kept, config, self.decoder.options.dtype, output / "model", tokenizer)
+            written.append(output / "model")
+        if self.added is not None and not merge:
+            save_adapter(self.decoder, self._adapter(self.added, output, base_learned), output / "adapter")
+            written.append(output / "adapter")
+        return written
+
+    def _adapter(self, indexer: IndexerConfig, output: Path, base_learned: bool) -> AdapterConfig:
+        return AdapterConfig(
+            base_model=str(output / "model") if base_learned else self.base,
+            base_fingerprint=fingerprint(self.decoder),
+            heads=indexer.heads,
+            head_dim=indexer.head_dim,
+            topk=indexer.topk,
+            rope_dim=indexer.rope.dim,
+        )
+
+
+def begin(settings: ModelSettings, seed: int) -> TrainedModel:
+    """The model that a recipe starts from. Raises ValueError as `load_model` and `with_indexers` do."""
+    options = Options(
+        dtype=getattr(torch, settings.dtype),
+        index_dtype=settings.dtype,
+        checkpoint_activations=settings.checkpoint_activations,
+    )
+    if settings.config is not None:
+        return _random(settings, options, seed)
+    assert settings.start is not None
+    folder = resolve_model(settings.start)
+    checkpoint = open_checkpoint(settings.start, settings.adapter)
+    config = _indexed(checkpoint.config, settings)
+    decoder = Decoder(config, options)
+    views, stored = checkpoint_tensors(decoder), {tensor.name for tensor in checkpoint.tensors}
+    if settings.indexer is not None:
+        initialise_indexers(decoder, seed)
+        views = {name: view for name, view in views.items() if name in stored or name not in indexer_tensors(decoder)}
+    check(views, checkpoint.tensors)
+    fill(views, checkpoint.tensors)
+    if settings.adapter is not None:
+        check_base(decoder, settings.adapter)
+    file = folder / "config.json"
+    raw = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    added = first_indexer(config) if settings.indexer or settings.adapter else None
+    return TrainedModel(decoder, raw, settings.start, added)
+
+
+def first_indexer(config: ModelConfig) -> IndexerConfig | None:
+    """The first layer's that has one."""
+    return next((block.indexer for block in config.blocks if block.indexer), None)
+
+
+def _random(settings: ModelSettings, options: Options, seed: int) -> TrainedModel:
+    assert settings.config is not None
+    config = _indexed(read_config(settings.config), settings)
+    decoder = Decoder(config, options)
+    initialise(decoder, seed)
+    raw = json.loads(settings.config.read_text(encoding="utf-8"))
+    added = first_indexer(config) if settings.indexer else None
+    return TrainedModel(decoder, raw, str(settings.config), added)
+
+
+def _indexed(config: ModelConfig, settings: ModelSettings) -> ModelConfig:
+    if settings.indexer is None:
+        return config
+    given = settings.indexer
+    return with_indexers(
+        config, heads=given.heads, head_dim=given.head_dim, topk=given.topk, rope_dim=given.rope_dim
+    )
+
+
+def merged_config(raw: Mapping[str, Any], config: ModelConfig, indexer: IndexerConfig) -> dict[str, Any]:
+    """config.json of a DeepSeek-V3 model whose indexers have become part of it: `deepseek_v32`.
+
+    Raises ValueError for other families, whose sparse form has no standard name.
+    """
+    mixers = [block.operation for block in config.blocks if isinstance(block.operation, MLAConfig)]
+    if config.family != "deepseek_v3" or any(mixer.q_lora_rank is None for mixer in mixers):
+        raise ValueError(
+            f"a sparse {config.family} has no standard config.json (only deepseek_v3 with a query latent can be merged)"
+        )
+    merged = {key: value for key, value in raw.items() if key not in ("architectures", "auto_map")}
+    return merged | {
+        "model_type": "deepseek_v32",
+        "architectures": ["DeepseekV32ForCausalLM"],
+        "index_n_heads": indexer.heads,
+        "index_head_dim": indexer.head_dim,
+        "index_topk": indexer.topk,
+    }

@@ -1,0 +1,120 @@
+"""What a stage minimises: from a batch to gradients and figures."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from foveal.models.decoder import Decoder
+from foveal.models.load import load_model
+from foveal.nn.batch import Batch
+from foveal.train.data import TrainingBatch
+from foveal.train.losses import (
+    Compare,
+    IndexLoss,
+    balance_loss,
+    head_loss,
+    move_bias,
+    next_token,
+    routers,
+    taught,
+    z_loss,
+)
+from foveal.train.schema import StageSettings
+from foveal.train.stages import KINDS
+
+
+class Objective:
+    """The losses of one stage, and the balance of experts."""
+
+    def __init__(self, decoder: Decoder, stage: StageSettings) -> None:
+        self._decoder, self._stage, self._kind = decoder, stage, KINDS[stage.kind]
+        self._routers = list(routers(decoder))
+        self._used: list[Tensor] = []
+        """Tokens of each expert in this update, by router."""
+        self._teacher = _teacher(stage.teacher, decoder)
+
+    def accumulate(self, batch: TrainingBatch, rows: int) -> dict[str, float]:
+        """Add the gradients of a batch, computed `rows` rows at a time; its losses, as means over the batch."""
+        tokens = sum(len(sequence) for sequence in batch.sequences)
+        targets = sum(float(weights.sum()) for weights in target_weights(batch))
+        if not targets:
+            raise ValueError("a batch has no token to learn from: every loss weight is 0")
+        self._used = []
+        sums: Counter[str] = Counter()
+        for micro in batch.split(rows):
+            losses = self._losses(micro, tokens, targets)
+            torch.stack(list(losses.values())).sum().backward()
+            sums.update({name: float(loss.detach()) for name, loss in losses.items()})
+        return dict(sums)
+
+    def balance(self) -> None:
+        """Move the routers' biases by how the update's tokens were spread. Once an update."""
+        for (_, bias_E), used_E in zip(self._routers, self._used, strict=False):
+            if bias_E is not None:
+                move_bias(bias_E, used_E, self._stage.balance_rate)
+
+    def _losses(self, batch: TrainingBatch, tokens: int, targets: float) -> dict[str, Tensor]:
+        """Each loss by name: this part of the mean over all `tokens`, or over `targets`, the sum of their weights."""
+        stage, kind = self._stage, self._kind
+        collect = frozenset({"experts", "router"} if self._learns_base else ())
+        packed = Batch.packed(batch.sequences, collect=collect, dense=kind.dense)
+        watch = IndexLoss(torch.full((len(packed.ids_T),), 1 / tokens)) if kind.index else None
+        x_TD, collected = self._decoder.trunk(packed, watch=watch)
+        losses: dict[str, Tensor] = {}
+        if self._learns_base:
+            weights_T = torch.cat(target_weights(batch)) / targets
+            losses["loss"] = head_loss(self._decoder, x_TD, weights_T, self._compare(packed))
+            losses |= self._routing(packed, collected.get("router", []), collected.get("experts", []), tokens)
+        if watch is not None:
+            assert isinstance(watch.total, Tensor)
+            losses["index_loss"] = stage.index_weight * watch.total
+        return losses
+
+    @property
+    def _learns_base(self) -> bool:
+        return (self._stage.learns or self._kind.learns) != "indexer"
+
+    def _compare(self, packed: Batch) -> Compare:
+        if not self._kind.distils:
+            # What follows a sequence's last token is another sequence's first: it has weight 0.
+            return next_token(pad(packed.ids_T[1:], (0, 1)))
+        with torch.no_grad():
+            x_TD, _ = self._teacher.trunk(Batch(**{**vars(packed), "dense": True, "collect": frozenset()}))
+        return taught(self._teacher, x_TD, self._stage.temperature)
+
+    def _routing(
+        self, packed: Batch, logits: list[Tensor], chosen: list[Tensor], tokens: int
+    ) -> dict[str, Tensor]:
+        """The routers' own losses; counts which experts were used."""
+        used = [torch.bincount(chosen_TA.flatten(), minlength=x.shape[1]) for chosen_TA, x in zip(chosen, logits, strict=True)]
+        self._used = [a + b for a, b in zip(self._used, used, strict=True)] if self._used else used
+        stage, losses = self._stage, {}
+        if logits and stage.balance_weight:
+            parts = [
+                balance_loss(logits_TE, chosen_TA, packed.q_offsets, config)
+                for logits_TE, chosen_TA, (config, _) in zip(logits, chosen, self._routers, strict=True)
+            ]
+            losses["balance_loss"] = stage.balance_weight * torch.stack(parts).sum() / tokens
+        if logits and stage.z_weight:
+            losses["z_loss"] = stage.z_weight * torch.stack([z_loss(x) for x in logits]).sum() / tokens
+        return losses
+
+
+def target_weights(batch: TrainingBatch) -> Iterator[Tensor]:
+    """For each sequence, float32: what its token t counts as one that has to tell token t + 1; the last one has none."""
+    weights = batch.loss_weights or [torch.ones(len(ids)) for ids in batch.sequences]
+    return (pad(weights_N[1:], (0, 1)) for weights_N in weights)
+
+
+def _teacher(name: str | None, decoder: Decoder) -> Decoder:
+    """The model to learn from: this one, unless another is named."""
+    if name is None:
+        return decoder
+    teacher = load_model(name, dtype=decoder.options.dtype).requires_grad_(False)
+    sizes = teacher.config.vocab_size, decoder.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"teacher = {name!r} has {sizes[0]} tokens, and the model {sizes[1]}")
+    return teacher
