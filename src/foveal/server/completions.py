@@ -33,6 +33,7 @@ async def create_completion(http: HttpRequest, body: CompletionRequest, service:
         max_tokens=1 if body.max_tokens == 0 else body.max_tokens,
         logprobs=body.logprobs,
         prompt_logprobs=max(wanted, default=None),
+        guidance=body.guidance(),
     )
     answer = _Answer(service, body, prompts, job)
     if body.stream:

@@ -77,7 +77,8 @@ def _first_of(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
         )
     if error["type"] == "value_error":  # of a check that concerns several parameters; it names the one at fault first
         reason = str(error["ctx"]["error"])
-        return ApiError(400, reason, param=reason.split()[0], code="invalid_value")
+        place = f"{param}." if param else ""
+        return ApiError(400, place + reason, param=place + reason.split()[0], code="invalid_value")
     if param is None:
         return ApiError(400, "the body must be a JSON object, sent as application/json")
     if error["type"] == "missing":

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 FinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class ErrorDetail(BaseModel):
@@ -97,11 +98,34 @@ class ChatLogprobs(BaseModel):
     content: list[TokenLogprob]
 
 
+class FunctionCall(BaseModel):
+    """A function and its arguments, the text of a JSON object."""
+
+    name: str
+    arguments: str
+
+
+class Call(BaseModel):
+    """A call that the model makes."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class CallDelta(Call):
+    """A call in a stream: always whole."""
+
+    index: int
+
+
 class ChatMessage(BaseModel):
-    """The model's answer."""
+    """The model's answer; what it thought before it, if its template has that."""
 
     role: Literal["assistant"] = "assistant"
     content: str | None
+    reasoning_content: str | None = None
+    tool_calls: list[Call] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -110,7 +134,7 @@ class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
     stop_reason: int | str | None
 
 
@@ -130,6 +154,8 @@ class ChatDelta(BaseModel):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[CallDelta] | None = None
 
 
 class ChatChunkChoice(BaseModel):
@@ -138,7 +164,7 @@ class ChatChunkChoice(BaseModel):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
 
 
 class ChatChunk(BaseModel):
