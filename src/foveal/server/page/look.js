@@ -106,7 +106,7 @@ function show() {
   verdict(request);
   figures(token, narrow);
   element("legend-text").textContent =
-    layer === null ? "share of layers that attended to it" : `layer ${request.layers[layer].layer} attended to it`;
+    layer === null ? "share of layers attending to it" : `layer ${request.layers[layer].layer} attended to it`;
   element("legend-most").textContent = layer === null ? "all" : "yes";
   element("legend-least").textContent = layer === null ? "none" : "no";
   drawPlots();
