@@ -74,6 +74,16 @@ class Engine:
         return len(self._scheduler.running)
 
     @property
+    def waiting(self) -> int:
+        """How many sequences wait for pages or a seat."""
+        return len(self._scheduler.waiting)
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a prompt and its completion together, as the model and its cache have room for."""
+        return self._limit
+
+    @property
     def preemptions(self) -> int:
         """How often a sequence had to give up its pages and be computed again."""
         return self._scheduler.preemptions
@@ -137,7 +147,8 @@ class Engine:
         """Compute one batch. Returns an output for every request that finished, and for every streamed one that has new
         tokens; each says all that there is so far.
 
-        Where the model fails, the requests of this batch end with an error and all others go on.
+        Where the model fails, the requests of this batch end with an error and all others go on; AssertionError if a
+        page was lost over it.
         """
         answered, self._rejected = self._rejected, []
         plan = self._scheduler.schedule()
@@ -149,6 +160,7 @@ class Engine:
                 failed = _requests([chunk.sequence for chunk in plan])
                 self._fail(failed, f"{type(error).__name__}: {error}")
                 answered += failed
+                self._manager.check()
         if not self._scheduler.running:
             self._manager.check_counts()
         return [request.output() for request in answered if request.finished or request.stream]
@@ -277,12 +289,11 @@ class Engine:
         generator = seeded_generator(seed, index)
         return SequenceState(request, index, list(request.prompt_ids), generator, detokenizer, guide)
 
-    def _salt(self, request: Request) -> tuple[str, int] | None:
-        """What must be equal for prefixes to be shared."""
-        if self._plain_rope is not None:
-            # The keys of a prompt's tokens depend on its length.
-            return "prompt length", max(request.prompt_length, self._plain_rope)
-        return None
+    def _salt(self, request: Request) -> tuple[str | None, int | None]:
+        """What must be equal for prefixes to be shared: the caller's salt, and with `dynamic` rope the prompt's length,
+        on which the keys of its tokens depend."""
+        length = None if self._plain_rope is None else max(request.prompt_length, self._plain_rope)
+        return request.cache_salt, length
 
     def _reject(self, request: Request) -> None:
         request.error = (

@@ -94,8 +94,8 @@ class SequenceState:
 class Request:
     """What a caller asked for.
 
-    `stream`: give an output after every step that brings a token, not only at the end. The engine fills in
-    `sequences` when it takes the request.
+    `stream`: give an output after every step that brings a token, not only at the end. `cache_salt`: only requests with
+    an equal one share prefixes with it. The engine fills in `sequences` when it takes the request.
     """
 
     id: str
@@ -103,8 +103,9 @@ class Request:
     params: SamplingParams
     prompt: str | None = None
     stream: bool = False
+    cache_salt: str | None = None
     sequences: list[SequenceState] = field(default_factory=list)
-    salt: tuple[str, int] | None = None
+    salt: tuple[str | None, int | None] = (None, None)
     """Prefixes are shared only under equal salts; see `reusable`."""
     forked: bool = False
     """Whether the sequences after the first have left it."""

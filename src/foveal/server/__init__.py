@@ -1,1 +1,1 @@
-"""The OpenAI-compatible service and its page."""
+"""The OpenAI-compatible HTTP service and its page. Needs the extra `serve`."""
