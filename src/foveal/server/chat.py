@@ -11,7 +11,8 @@ from fastapi.responses import Response
 
 from foveal.engine import RequestOutput
 from foveal.server.conversation import Turn
-from foveal.server.progress import Piece, Progress, likeliest
+from foveal.server.look import RequestLook
+from foveal.server.progress import Looks, Piece, Progress, likeliest
 from foveal.server.requests import ChatRequest
 from foveal.server.responses import (
     Call,
@@ -66,6 +67,7 @@ class _Answer:
         self._id = f"chatcmpl-{job.requests[0].id}"
         self._created = int(time.time())
         self._progress = Progress([request.id for request in job.requests], body.completions)
+        self._looks = Looks(service.looks, wanted=body.looks, completions=body.completions)
         self._readers = [turn.reader() for _ in range(body.completions)]
 
     async def events(self) -> AsyncIterator[ChatChunk]:
@@ -73,7 +75,7 @@ class _Answer:
         async for output in self._job.updates():
             for piece in self._progress.pieces(output):
                 if choice := self._delta(piece):
-                    yield self._chunk([choice])
+                    yield self._chunk([choice], look=self._looks.once(output))
         if self._body.usage_wanted:
             yield self._chunk([], usage_of([output]))
 
@@ -81,11 +83,20 @@ class _Answer:
         """All of it."""
         choices = [self._choice(piece) for output in outputs for piece in self._progress.pieces(output)]
         return ChatCompletion(
-            id=self._id, created=self._created, model=self._body.model, choices=choices, usage=usage_of(outputs)
+            id=self._id,
+            created=self._created,
+            model=self._body.model,
+            choices=choices,
+            usage=usage_of(outputs),
+            foveal=self._looks.once(outputs[0]),
         )
 
-    def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> ChatChunk:
-        return ChatChunk(id=self._id, created=self._created, model=self._body.model, choices=choices, usage=usage)
+    def _chunk(
+        self, choices: list[ChatChunkChoice], usage: Usage | None = None, look: RequestLook | None = None
+    ) -> ChatChunk:
+        return ChatChunk(
+            id=self._id, created=self._created, model=self._body.model, choices=choices, usage=usage, foveal=look
+        )
 
     def _delta(self, piece: Piece) -> ChatChunkChoice | None:
         """None where all of the piece is held back."""
@@ -94,7 +105,7 @@ class _Answer:
         part = reader.read(piece.text, last=piece.finish_reason is not None)
         calls = [CallDelta(**_call(call), index=index) for index, call in enumerate(part.calls, before)]
         said = part.content or part.reasoning or calls
-        if not (said or piece.first or piece.finish_reason or self._body.logprobs):
+        if not (said or piece.first or piece.finish_reason or piece.logprobs or piece.selection):
             return None
         return ChatChunkChoice(
             index=piece.index,
@@ -105,6 +116,7 @@ class _Answer:
                 tool_calls=calls or None,
             ),
             logprobs=self._logprobs(piece),
+            foveal=self._looks.of(piece),
             finish_reason=self._reason(piece),
         )
 
@@ -118,6 +130,7 @@ class _Answer:
                 tool_calls=[Call(**_call(call)) for call in part.calls] or None,
             ),
             logprobs=self._logprobs(piece),
+            foveal=self._looks.of(piece),
             finish_reason=self._reason(piece),
             stop_reason=piece.stop_reason,
         )

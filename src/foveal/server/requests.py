@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from foveal.engine import Guidance, SamplingParams
+from foveal.server.look import FovealOptions
 
 _INT64 = 2**63
 MOST_LOGPROBS = 20
@@ -68,8 +69,14 @@ class StructuredOutputs(Body):
     regex: str | None = None
     grammar: str | None = None
 
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "StructuredOutputs":
+        if (self.regex is None) == (self.grammar is None):
+            raise ValueError("regex and grammar: give exactly one of them")
+        return self
+
     def guidance(self) -> Guidance:
-        """As the engine takes it. Raises ValueError unless there is exactly one."""
+        """As the engine takes it."""
         return Guidance(regex=self.regex, grammar=self.grammar)
 
 
@@ -106,6 +113,7 @@ class Sampling(Body):
     )
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    foveal: FovealOptions | None = Field(None, description="What only Foveal has; see docs/serving.md.")
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> "Sampling":
@@ -121,12 +129,17 @@ class Sampling(Body):
         return self.n or 1
 
     @property
+    def looks(self) -> bool:
+        """Whether the client wants to know what was attended to."""
+        return self.foveal is not None and self.foveal.selection
+
+    @property
     def usage_wanted(self) -> bool:
         """Whether a stream ends with its usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def guidance(self) -> Guidance | None:
-        """The form of the text that was asked for. Raises ValueError where it makes no sense."""
+        """The form of the text that was asked for."""
         form = self.response_format or self.structured_outputs
         return None if form is None else form.guidance()
 
@@ -138,7 +151,7 @@ class Sampling(Body):
         )
         given = {name: value for name in same_name if (value := getattr(self, name)) is not None}
         bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
-        return SamplingParams(**given, logit_bias=bias or None, **more)
+        return SamplingParams(**given, logit_bias=bias or None, selection=self.looks, **more)
 
 
 class CompletionRequest(Sampling):
@@ -154,7 +167,9 @@ class CompletionRequest(Sampling):
     suffix: None = None
 
     @model_validator(mode="after")
-    def _nothing_needs_echo(self) -> "CompletionRequest":
+    def _goes_together(self) -> "CompletionRequest":
+        if self.looks and len(self.prompts()) > 1:
+            raise ValueError("foveal.selection takes one prompt at a time")
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens = 0 needs echo = true")
         if self.max_tokens == 0 and self.min_tokens:
@@ -213,6 +228,7 @@ class Message(Body):
     reasoning_content: str | None = Field(None, description="Of the assistant, as the server has returned it.")
     # Clients send the assistant's messages back as they came.
     refusal: None = None
+    annotations: None = None
     audio: None = None
     function_call: None = None
 

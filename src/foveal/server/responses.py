@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from foveal.server.look import ChoiceLook, RequestLook
+
 FinishReason = Literal["stop", "length"]
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
@@ -56,6 +58,7 @@ class CompletionChoice(BaseModel):
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
     stop_reason: int | str | None
+    foveal: ChoiceLook | None = None
     prompt_logprobs: list[dict[str, "PromptLogprob"] | None] | None = None
 
 
@@ -76,6 +79,7 @@ class Completion(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None
+    foveal: RequestLook | None = None
 
 
 class TopLogprob(BaseModel):
@@ -136,6 +140,7 @@ class ChatChoice(BaseModel):
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason | None
     stop_reason: int | str | None
+    foveal: ChoiceLook | None = None
 
 
 class ChatCompletion(BaseModel):
@@ -147,6 +152,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    foveal: RequestLook | None = None
 
 
 class ChatDelta(BaseModel):
@@ -165,6 +171,7 @@ class ChatChunkChoice(BaseModel):
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason | None
+    foveal: ChoiceLook | None = None
 
 
 class ChatChunk(BaseModel):
@@ -176,6 +183,7 @@ class ChatChunk(BaseModel):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None
+    foveal: RequestLook | None = None
 
 
 class Model(BaseModel):

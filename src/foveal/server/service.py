@@ -1,7 +1,6 @@
 """What all endpoints share: one model, its worker and its tokenizer."""
 
 import asyncio
-import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from foveal.engine import LLM, Request, RequestOutput
 from foveal.models.tokenizer import token_bytes
 from foveal.server.conversation import Turn, next_turn, template_prompt
 from foveal.server.errors import ApiError, bad_value
+from foveal.server.look import LookSource
 from foveal.server.metrics import Metrics
 from foveal.server.requests import Body, ChatRequest, Message, Sampling
 from foveal.server.responses import PromptTokensDetails, Usage
@@ -24,7 +24,6 @@ from foveal.server.worker import Job, Worker
 
 _Result = TypeVar("_Result")
 
-_LONGEST_MESSAGE = 500
 _LEAST_BODY_BYTES = 4 * 2**20
 _BODY_BYTES_PER_TOKEN = 64
 """What a token of a prompt may take in a body, generously."""
@@ -64,6 +63,7 @@ class Service:
         self._tokenizer = llm.tokenizer
         self.token_bytes = token_bytes(self._tokenizer)
         self.special_ids = frozenset(self._tokenizer.all_special_ids)
+        self.looks = LookSource(llm.layer_sights, self.token_bytes, self.special_ids, llm.cache_bytes)
         self._engine = llm.engine
         # One at a time, for a tokenizer is not made to be used by several threads; and never in the event loop.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="foveal-tokenizer")
@@ -148,11 +148,8 @@ class Service:
             return await asyncio.get_running_loop().run_in_executor(self._tokenizing, call)
         except (ValueError, TypeError, jinja2.TemplateError) as error:
             # A template's own refusal, no template at all, tools that are none, or text that is no Unicode.
-            message = ascii(str(error))[1:-1][:_LONGEST_MESSAGE]
-            named = re.match(r"\w*", message)
-            if body is not None and named and named[0] in type(body).model_fields:
-                raise ApiError(400, message, param=named[0]) from None
-            raise ApiError(400, f"{param}: {message}", param=param) from None
+            known = [] if body is None else list(type(body).model_fields)
+            raise bad_value(error, known, otherwise=param) from None
 
 
 def usage_of(outputs: Sequence[RequestOutput], *, hidden: int = 0) -> Usage:
