@@ -17,7 +17,8 @@ from .serving import MODEL, Server, serving
 
 _POISON = 258
 """A token that no text has: a step whose batch has it fails."""
-_PATIENCE = 120.0
+_PATIENCE = 900.0
+"""Seconds; a hang is longer."""
 
 
 @dataclass(frozen=True)
