@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from foveal.cache import CacheManager, CacheUsage
+from foveal.cache import PAGE_SIZE, CacheManager, CacheUsage
 from foveal.cache.store import CacheStore, plan_cache
 from foveal.config import ModelConfig
 from foveal.config.model import GQAConfig, MLAConfig
 from foveal.engine.engine import Engine
+from foveal.engine.look import LayerSight, layer_sights, sparse_layers
 from foveal.engine.memory import CacheDemand, cache_pages
 from foveal.engine.outputs import RequestOutput
 from foveal.engine.params import SamplingParams
@@ -113,7 +114,7 @@ class LLM:
             window=plan.window,
         )
         store = CacheStore(plan, pages, slots, device)
-        runner = Runner(decoder, store, manager, device=device)
+        runner = Runner(decoder, store, manager, device=device, sparse=sparse_layers(config))
         self.engine = Engine(
             runner,
             manager,
@@ -125,6 +126,7 @@ class LLM:
             seed=seed,
             plain_rope=_plain_rope(config),
         )
+        self._cache_plan = plan
         self._added = 0
         self._inbox: dict[str, deque[RequestOutput]] = {}
 
@@ -132,6 +134,19 @@ class LLM:
     def usage(self) -> CacheUsage:
         """How full the cache is."""
         return self.engine.usage
+
+    @property
+    def layer_sights(self) -> tuple[LayerSight, ...]:
+        """What each of the model's mixers can see."""
+        return layer_sights(self._cache_plan.config)
+
+    def cache_bytes(self, tokens: int) -> int:
+        """What the cache holds for one sequence of so many tokens, in whole pages."""
+        plan = self._cache_plan
+        pages = -(-tokens // PAGE_SIZE)
+        if plan.window is not None:
+            pages = min(pages, -(-plan.window // PAGE_SIZE) + 1)
+        return pages * plan.page_bytes + plan.slot_bytes
 
     def generate(
         self,
@@ -230,9 +245,10 @@ class LLM:
         return self.tokenizer
 
 
-def chat_prompt(tokenizer: Any, messages: Messages) -> dict[str, Any]:
-    """`LLM.chat_prompt` before there is an LLM. Raises ValueError where the tokenizer has no chat template."""
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+def chat_prompt(tokenizer: Any, messages: Messages, **variables: Any) -> dict[str, Any]:
+    """`LLM.chat_prompt` before there is an LLM; the template sees the `variables`. Raises ValueError where the
+    tokenizer has no chat template."""
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **variables)
     # The template has written the special tokens.
     return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
 
