@@ -162,7 +162,6 @@ def test_the_end(llm: LLM) -> None:
         ({"json_schema": {"type": "objekt"}}, "json_schema: .*objekt"),
         ({"json_schema": {"not": {"type": "object"}}}, "json_schema: .*not"),
         ({"json_schema": {"$ref": "http://example.org/schema"}}, "json_schema: .*example.org"),
-        ({"json_schema": "{"}, "json_schema"),
         ({"regex": "[ab"}, "regex: .*unclosed character class"),
         ({"regex": "(?=a)b"}, "regex: .*look-around"),
         ({"grammar": "start: missing"}, "grammar: .*missing"),
@@ -183,6 +182,9 @@ def test_a_form_that_cannot_be_kept_is_refused(llm: LLM, settings: dict[str, Any
         ({"regex": 3}, "regex must be"),
         ({"json_schema": [1]}, "json_schema must be"),
         ({"json_schema": {"const": {1, 2}}}, "no JSON"),
+        ({"json_schema": "{"}, "no JSON"),
+        ({"json_schema": "true"}, "must be an object"),
+        ({"json_schema": '{"not":' * 100_000}, "no JSON"),
         ({"json_object": "yes"}, "json_object must be"),
     ],
 )
