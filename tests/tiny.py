@@ -13,9 +13,9 @@ _PRINTABLE = ord("~") - ord("!") + 1
 _TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}assistant:"
 
 
-def write_tiny_model(folder: Path, max_positions: int = 512) -> str:
+def write_tiny_model(folder: Path, max_positions: int = 512, template: str = _TEMPLATE) -> str:
     """Save it as a Hugging Face directory; float32, no end-of-sequence token. Returns the folder's name."""
-    vocabulary = _write_tokenizer(folder)
+    vocabulary = _write_tokenizer(folder, template)
     config = {
         "model_type": "llama",
         "vocab_size": vocabulary,
@@ -37,14 +37,14 @@ def write_tiny_model(folder: Path, max_positions: int = 512) -> str:
     return str(folder)
 
 
-def _write_tokenizer(folder: Path) -> int:
+def _write_tokenizer(folder: Path, template: str) -> int:
     """One token a byte; how many tokens there are."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": _TEMPLATE}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return len(alphabet)
 

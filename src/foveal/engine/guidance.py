@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ _RULES: dict[str, tuple[tuple[type, ...], str]] = {
     "regex": ((str,), "a regular expression"),
     "grammar": ((str,), "the text of a grammar"),
 }
+_NO_END = "<|foveal: no end|>"
 # Grammars kept compiled: clients send the same few schemas again and again.
 _KEPT = 64
 
@@ -121,6 +123,8 @@ class Grammars:
         self._vocab_size = vocab_size
         self._eos_ids = sorted(token for token in eos_ids if token < vocab_size)
         self._words: LLTokenizer | None = None
+        self._never: list[int] = []
+        """An end for llguidance where the model has none; no completion may have it."""
         self._compiled = lru_cache(maxsize=_KEPT)(self._compile)
 
     def guide(self, guidance: Guidance, *, ignore_eos: bool = False) -> Guide:
@@ -133,7 +137,8 @@ class Grammars:
         value = getattr(guidance, guidance.kind)
         text = json.dumps(dict(value)) if isinstance(value, Mapping) else str(value)
         matcher = self._compiled(guidance.kind, text).deep_copy()
-        return Guide(matcher, self._vocab_size, self._eos_ids if ignore_eos else ())
+        forbidden = [*self._never, *(self._eos_ids if ignore_eos else ())]
+        return Guide(matcher, self._vocab_size, forbidden)
 
     def _compile(self, kind: str, text: str) -> "LLMatcher":
         if self._words is None:
@@ -150,11 +155,15 @@ class Grammars:
 
     def _read_tokenizer(self) -> "LLTokenizer":
         from_tokenizer = _package().hf.from_tokenizer
-        size = max(self._vocab_size, len(self._tokenizer))
+        tokenizer, ends = self._tokenizer, self._eos_ids
         try:
-            # A model without an end-of-sequence token gets one that it cannot produce.
-            ends = self._eos_ids or [size]
-            words: LLTokenizer = from_tokenizer(self._tokenizer, n_vocab=max(size, ends[-1] + 1), eos_token=ends)
+            if not ends:  # it must be among the tokenizer's tokens
+                tokenizer = deepcopy(tokenizer)
+                tokenizer.add_special_tokens({"eos_token": _NO_END})
+                ends = [tokenizer.convert_tokens_to_ids(_NO_END)]
+                self._never = [token for token in ends if token < self._vocab_size]
+            size = max(self._vocab_size, len(tokenizer))
+            words: LLTokenizer = from_tokenizer(tokenizer, n_vocab=size, eos_token=ends)
         except ValueError as error:
             raise ValueError(f"guidance cannot read this model's tokenizer: {error}") from None
         return words

@@ -236,9 +236,10 @@ class LLM:
         return self.tokenizer
 
 
-def chat_prompt(tokenizer: Any, messages: Messages) -> dict[str, Any]:
-    """`LLM.chat_prompt` before there is an LLM. Raises ValueError where the tokenizer has no chat template."""
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+def chat_prompt(tokenizer: Any, messages: Messages, **variables: Any) -> dict[str, Any]:
+    """`LLM.chat_prompt` before there is an LLM; the template sees the `variables`. Raises ValueError where the
+    tokenizer has no chat template."""
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **variables)
     # The template has written the special tokens.
     return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
 

@@ -8,7 +8,7 @@ from fastapi.responses import Response
 from fastapi.security import HTTPBearer
 
 import foveal
-from foveal.server import chat, completions, errors, status
+from foveal.server import chat, completions, errors, status, web
 from foveal.server.middleware import BodyLimit, Keys, RequestLog
 from foveal.server.responses import document
 from foveal.server.service import Service
@@ -57,8 +57,9 @@ def create_app(service: Service) -> FastAPI:
     locked = [Depends(HTTPBearer(auto_error=False))] if keys else []  # for /openapi.json; `Keys` is what holds
     for router in (completions.router, chat.router, status.router):
         app.include_router(router, responses=_ERRORS, dependencies=locked)
+    app.include_router(web.router)
     app.include_router(status.public, responses=document({503: "Not now"}))
     app.add_middleware(BodyLimit, most=service.max_body_bytes)
-    app.add_middleware(Keys, keys=keys, public=_PUBLIC)
+    app.add_middleware(Keys, keys=keys, public=(*_PUBLIC, *web.PATHS))
     app.add_middleware(RequestLog, metrics=service.metrics)
     return app

@@ -10,7 +10,8 @@ from fastapi.responses import Response
 
 from foveal.engine import RequestOutput
 from foveal.engine.outputs import Logprobs
-from foveal.server.progress import Offsets, Piece, Progress, likeliest
+from foveal.server.look import RequestLook
+from foveal.server.progress import Looks, Offsets, Piece, Progress, likeliest
 from foveal.server.requests import CompletionRequest
 from foveal.server.responses import Completion, CompletionChoice, CompletionLogprobs, PromptLogprob, Usage
 from foveal.server.service import Prompt, Service, ServiceOf, usage_of
@@ -33,6 +34,7 @@ async def create_completion(http: HttpRequest, body: CompletionRequest, service:
         max_tokens=1 if body.max_tokens == 0 else body.max_tokens,
         logprobs=body.logprobs,
         prompt_logprobs=max(wanted, default=None),
+        guidance=body.guidance(),
     )
     answer = _Answer(service, body, prompts, job)
     if body.stream:
@@ -59,6 +61,7 @@ class _Answer:
         self._progress = Progress([request.id for request in job.requests], body.completions)
         skipped = [self._skipped(prompt) if body.echo else 0 for prompt in prompts]
         self._offsets = [Offsets(count) for count in skipped for _ in range(body.completions)]
+        self._looks = Looks(service.looks, wanted=body.looks, completions=len(self._offsets))
         self._hidden = int(body.max_tokens == 0)
 
     async def events(self) -> AsyncIterator[Completion]:
@@ -66,7 +69,7 @@ class _Answer:
         final: list[RequestOutput] = []
         async for output in self._job.updates():
             for choice in self._choices(output):
-                yield self._completion([choice])
+                yield self._completion([choice], look=self._looks.once(output))
             if output.finished:
                 final.append(output)
         if self._body.usage_wanted:
@@ -74,12 +77,15 @@ class _Answer:
 
     def at_once(self, outputs: Sequence[RequestOutput]) -> Completion:
         """All of it."""
-        return self._completion(
-            [choice for output in outputs for choice in self._choices(output)], self._usage(outputs)
-        )
+        choices = [choice for output in outputs for choice in self._choices(output)]
+        return self._completion(choices, self._usage(outputs), self._looks.once(outputs[0]))
 
-    def _completion(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
-        return Completion(id=self._id, created=self._created, model=self._body.model, choices=choices, usage=usage)
+    def _completion(
+        self, choices: list[CompletionChoice], usage: Usage | None = None, look: RequestLook | None = None
+    ) -> Completion:
+        return Completion(
+            id=self._id, created=self._created, model=self._body.model, choices=choices, usage=usage, foveal=look
+        )
 
     def _usage(self, outputs: Sequence[RequestOutput]) -> Usage:
         return usage_of(outputs, hidden=self._hidden)
@@ -87,7 +93,9 @@ class _Answer:
     def _choices(self, output: RequestOutput) -> Iterator[CompletionChoice]:
         for piece in self._progress.pieces(output):
             if self._hidden:  # one token had to be computed; it was not asked for
-                piece = replace(piece, text="", token_ids=[], logprobs=[], finish_reason="length", stop_reason=None)
+                piece = replace(
+                    piece, text="", token_ids=[], logprobs=[], selection=[], finish_reason="length", stop_reason=None
+                )
             yield self._choice(piece)
 
     def _choice(self, piece: Piece) -> CompletionChoice:
@@ -99,6 +107,7 @@ class _Answer:
             logprobs=self._logprobs(piece) if self._body.logprobs is not None else None,
             finish_reason=piece.finish_reason,
             stop_reason=piece.stop_reason,
+            foveal=self._looks.of(piece),
             prompt_logprobs=self._prompt_logprobs(piece) if piece.first else None,
         )
 

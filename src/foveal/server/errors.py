@@ -1,5 +1,6 @@
 """Errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+_LONGEST_MESSAGE = 500
+_ENGINE_NAMES = {
+    "prompt_token_ids": "prompt",
+    "json_schema": "response_format",
+    "regex": "structured_outputs",
+    "grammar": "structured_outputs",
+}
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "overloaded_error"}
 
 
@@ -42,11 +50,15 @@ def internal_error() -> ApiError:
     return ApiError(500, "the server failed while answering this request; its log says why", code="internal_error")
 
 
-def bad_value(error: ValueError, known: Sequence[str]) -> ApiError:
-    """The engine's refusal as a 400. Its messages begin with the name of what is wrong."""
-    words = str(error).split()
-    param = words[0] if words and words[0] in known else None
-    return ApiError(400, str(error), param=param)
+def bad_value(error: Exception, known: Sequence[str], otherwise: str | None = None) -> ApiError:
+    """The engine's refusal as a 400. Its messages begin with the name of what is wrong: a parameter that is among
+    `known`, or what the engine calls one; else it is that of `otherwise`."""
+    message = ascii(str(error))[1:-1][:_LONGEST_MESSAGE]
+    found = re.match(r"\w*", message)
+    name = _ENGINE_NAMES.get(found[0], found[0]) if found else ""
+    if name in known:
+        return ApiError(400, message, param=name)
+    return ApiError(400, f"{otherwise}: {message}" if otherwise else message, param=otherwise)
 
 
 def install(app: FastAPI) -> None:
@@ -77,7 +89,8 @@ def _first_of(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
         )
     if error["type"] == "value_error":  # of a check that concerns several parameters; it names the one at fault first
         reason = str(error["ctx"]["error"])
-        return ApiError(400, reason, param=reason.split()[0], code="invalid_value")
+        place = f"{param}." if param else ""
+        return ApiError(400, place + reason, param=place + reason.split()[0], code="invalid_value")
     if param is None:
         return ApiError(400, "the body must be a JSON object, sent as application/json")
     if error["type"] == "missing":

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from foveal.engine import CompletionOutput, Logprob, RequestOutput
+from foveal.engine.look import TokenSelection
 from foveal.engine.outputs import Logprobs
+from foveal.server.look import ChoiceLook, LookSource, RequestLook
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Piece:
     text: str
     token_ids: list[int]
     logprobs: list[Logprobs]
+    selection: list[TokenSelection]
     finish_reason: Literal["stop", "length"] | None
     stop_reason: int | str | None
 
@@ -46,7 +49,7 @@ class Progress:
             text = choice.text[sent.characters :]
             tokens = choice.token_ids[sent.tokens :]
             ending = choice.finish_reason is not None and not sent.ended
-            wanted = choice.logprobs is not None
+            wanted = choice.logprobs is not None or choice.selection is not None
             if not (text or ending or (wanted and tokens)):
                 continue
             yield Piece(
@@ -56,6 +59,7 @@ class Progress:
                 text=text,
                 token_ids=tokens,
                 logprobs=(choice.logprobs or [])[sent.tokens :],
+                selection=(choice.selection or [])[sent.tokens :],
                 finish_reason=_reason(choice),
                 stop_reason=choice.stop_reason,
             )
@@ -70,6 +74,26 @@ def _reason(choice: CompletionOutput) -> Literal["stop", "length"] | None:
 def likeliest(entry: Logprobs, count: int) -> list[tuple[int, Logprob]]:
     """The entry's `count` likeliest tokens, without the one that is there whatever its rank."""
     return [(token, logprob) for token, logprob in entry.items() if logprob.rank <= count][:count]
+
+
+class Looks:
+    """`foveal` of an answer with so many completions; nothing unless `wanted`."""
+
+    def __init__(self, source: LookSource, *, wanted: bool, completions: int) -> None:
+        self._source = source
+        self._wanted = wanted
+        self._choices = [source.choice() for _ in range(completions)]
+
+    def once(self, output: RequestOutput) -> RequestLook | None:
+        """For the answer, or the first event of a stream."""
+        wanted, self._wanted = self._wanted, False
+        return self._source.request(output.prompt_token_ids) if wanted else None
+
+    def of(self, piece: Piece) -> ChoiceLook | None:
+        """For the piece's tokens."""
+        if not piece.selection:
+            return None
+        return self._choices[piece.index].add(piece.token_ids, piece.selection)
 
 
 class Offsets:

@@ -4,7 +4,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from foveal.server.look import ChoiceLook, RequestLook
+
 FinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class ErrorDetail(BaseModel):
@@ -55,6 +58,7 @@ class CompletionChoice(BaseModel):
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
     stop_reason: int | str | None
+    foveal: ChoiceLook | None = None
     prompt_logprobs: list[dict[str, "PromptLogprob"] | None] | None = None
 
 
@@ -75,6 +79,7 @@ class Completion(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None
+    foveal: RequestLook | None = None
 
 
 class TopLogprob(BaseModel):
@@ -97,11 +102,34 @@ class ChatLogprobs(BaseModel):
     content: list[TokenLogprob]
 
 
+class FunctionCall(BaseModel):
+    """A function and its arguments, the text of a JSON object."""
+
+    name: str
+    arguments: str
+
+
+class Call(BaseModel):
+    """A call that the model makes."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class CallDelta(Call):
+    """A call in a stream: always whole."""
+
+    index: int
+
+
 class ChatMessage(BaseModel):
-    """The model's answer."""
+    """The model's answer; what it thought before it, if its template has that."""
 
     role: Literal["assistant"] = "assistant"
     content: str | None
+    reasoning_content: str | None = None
+    tool_calls: list[Call] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -110,8 +138,9 @@ class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
     stop_reason: int | str | None
+    foveal: ChoiceLook | None = None
 
 
 class ChatCompletion(BaseModel):
@@ -123,6 +152,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    foveal: RequestLook | None = None
 
 
 class ChatDelta(BaseModel):
@@ -130,6 +160,8 @@ class ChatDelta(BaseModel):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[CallDelta] | None = None
 
 
 class ChatChunkChoice(BaseModel):
@@ -138,7 +170,8 @@ class ChatChunkChoice(BaseModel):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
+    foveal: ChoiceLook | None = None
 
 
 class ChatChunk(BaseModel):
@@ -150,6 +183,7 @@ class ChatChunk(BaseModel):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None
+    foveal: RequestLook | None = None
 
 
 class Model(BaseModel):

@@ -13,11 +13,12 @@ from fastapi import Depends
 from fastapi import Request as HttpRequest
 
 from foveal.engine import LLM, Request, RequestOutput
-from foveal.engine.llm import chat_prompt
 from foveal.models.tokenizer import token_bytes
+from foveal.server.conversation import Turn, next_turn, template_prompt
 from foveal.server.errors import ApiError, bad_value
+from foveal.server.look import LookSource
 from foveal.server.metrics import Metrics
-from foveal.server.requests import Message, Sampling
+from foveal.server.requests import Body, ChatRequest, Message, Sampling
 from foveal.server.responses import PromptTokensDetails, Usage
 from foveal.server.worker import Job, Worker
 
@@ -62,6 +63,7 @@ class Service:
         self._tokenizer = llm.tokenizer
         self.token_bytes = token_bytes(self._tokenizer)
         self.special_ids = frozenset(self._tokenizer.all_special_ids)
+        self.looks = LookSource(llm.layer_sights, self.token_bytes, self.special_ids, llm.cache_bytes)
         self._engine = llm.engine
         # One at a time, for a tokenizer is not made to be used by several threads; and never in the event loop.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="foveal-tokenizer")
@@ -85,10 +87,14 @@ class Service:
         """A prompt from text. Raises ApiError 400 for text that is no Unicode."""
         return await self._in_thread("prompt", lambda: self._encode(prompt, add_special_tokens))
 
-    async def encode_chat(self, messages: Sequence[Message]) -> Prompt:
+    async def encode_messages(self, messages: list[Message]) -> Prompt:
         """A prompt from a conversation, by the model's template. Raises ApiError 400 where the template refuses it."""
-        rendered = [message.for_template() for message in messages]
-        return await self._in_thread("messages", lambda: _from_template(self._tokenizer, rendered))
+        prompt = await self._in_thread("messages", lambda: template_prompt(self._tokenizer, messages, {}))
+        return Prompt(prompt["prompt_token_ids"], prompt["prompt"])
+
+    async def next_turn(self, body: ChatRequest) -> Turn:
+        """What a conversation asks of the model. Raises ApiError 400 for what it cannot do."""
+        return await self._in_thread("messages", lambda: next_turn(self._tokenizer, body), body)
 
     async def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool) -> str:
         """The text of tokens. Raises ApiError 400 for one that the tokenizer does not know."""
@@ -135,17 +141,15 @@ class Service:
     def _encode(self, text: str, add_special_tokens: bool) -> Prompt:
         return Prompt(list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens)), text)
 
-    async def _in_thread(self, param: str, call: Callable[[], _Result]) -> _Result:
+    async def _in_thread(self, param: str, call: Callable[[], _Result], body: Body | None = None) -> _Result:
+        """What `call` gives, from the one thread for tokens. Its errors are the client's: of a field of `body`, if they
+        name one first, else of `param`."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._tokenizing, call)
         except (ValueError, TypeError, jinja2.TemplateError) as error:
-            # A template's own refusal, no template at all, or text that is no Unicode.
-            raise ApiError(400, f"{param}: {ascii(str(error))[1:-1][:300]}", param=param) from None
-
-
-def _from_template(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> Prompt:
-    prompt = chat_prompt(tokenizer, messages)
-    return Prompt(list(prompt["prompt_token_ids"]), prompt["prompt"])
+            # A template's own refusal, no template at all, tools that are none, or text that is no Unicode.
+            known = [] if body is None else list(type(body).model_fields)
+            raise bad_value(error, known, otherwise=param) from None
 
 
 def usage_of(outputs: Sequence[RequestOutput], *, hidden: int = 0) -> Usage:

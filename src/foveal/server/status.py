@@ -34,7 +34,7 @@ async def tokenize(body: TokenizeRequest, service: ServiceOf) -> Tokens:
     """The tokens of a text, or of a conversation in the model's template."""
     service.check_model(body.model)
     if body.messages is not None:
-        prompt = await service.encode_chat(body.messages)
+        prompt = await service.encode_messages(body.messages)
     else:
         assert body.prompt is not None
         prompt = await service.encode(body.prompt, add_special_tokens=body.add_special_tokens)

@@ -77,7 +77,7 @@ class Job:
             news, self._news = self._news, {}
             for output in news.values():
                 if output.error is not None:
-                    raise internal_error()
+                    raise _error_of(output.error)
                 yield output
             if self._error is not None:
                 raise self._error
@@ -105,6 +105,11 @@ class Job:
         self._error = error
         self._open.clear()
         self._arrived.set()
+
+
+def _error_of(message: str) -> ApiError:
+    """A form that no text can have is the client's mistake, although it is found out late."""
+    return ApiError(400, message, code="guidance_failed") if message.startswith("guidance") else internal_error()
 
 
 class Worker:
