@@ -1,66 +1,73 @@
-"""A random llama of one layer with a byte-level tokenizer and a chat template, written in a moment."""
+"""A tiny sparse model with random weights (latent attention, indexers, experts), and stages to train it."""
 
 import json
-from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-_HIDDEN, _HEADS, _MLP = 32, 4, 48
-_PRINTABLE = ord("~") - ord("!") + 1
-"""Of the tokens, which are sorted, these come first."""
-_TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}assistant:"
+from foveal.config import read_config
+from foveal.models.decoder import Decoder, Options
+from foveal.train.initial import initialise
 
-
-def write_tiny_model(folder: Path, max_positions: int = 512, template: str = _TEMPLATE) -> str:
-    """Save it as a Hugging Face directory; float32, no end-of-sequence token. Returns the folder's name."""
-    vocabulary = _write_tokenizer(folder, template)
-    config = {
-        "model_type": "llama",
-        "vocab_size": vocabulary,
-        "hidden_size": _HIDDEN,
-        "intermediate_size": _MLP,
-        "num_hidden_layers": 1,
-        "num_attention_heads": _HEADS,
-        "num_key_value_heads": _HEADS,
-        "max_position_embeddings": max_positions,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-        "eos_token_id": None,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(_weights(vocabulary), folder / "model.safetensors", metadata={"format": "pt"})
-    return str(folder)
-
-
-def _write_tokenizer(folder: Path, template: str) -> int:
-    """One token a byte; how many tokens there are."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return len(alphabet)
+CONFIG: dict[str, Any] = {
+    "model_type": "deepseek_v32",
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "index_n_heads": 8,
+    "index_head_dim": 16,
+    "index_topk": 8,
+    "intermediate_size": 48,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+    "eos_token_id": 0,
+}
 
 
-def _weights(vocabulary: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    square, wide = (_HIDDEN, _HIDDEN), (_MLP, _HIDDEN)
-    shapes = {
-        "model.embed_tokens": (vocabulary, _HIDDEN),
-        **{f"model.layers.0.self_attn.{name}_proj": square for name in "qkvo"},
-        "model.layers.0.mlp.gate_proj": wide,
-        "model.layers.0.mlp.up_proj": wide,
-        "model.layers.0.mlp.down_proj": wide[::-1],
-        "lm_head": (vocabulary, _HIDDEN),
-    }
-    norms = ("model.norm", "model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm")
-    weights = {f"{name}.weight": torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
-    weights["lm_head.weight"][_PRINTABLE:] = 0  # it seldom writes them, so that most of its text is whole characters
-    return weights | {f"{name}.weight": torch.ones(_HIDDEN) for name in norms}
+def sparse_decoder(
+    dtype: torch.dtype, seed: int = 0, *, checkpoint_activations: bool = False, **changes: Any
+) -> Decoder:
+    """The model; index keys are kept in its own dtype. `changes`: of the config."""
+    options = Options(dtype, index_dtype="auto", checkpoint_activations=checkpoint_activations)
+    decoder = Decoder(read_config(CONFIG | changes), options)
+    initialise(decoder, seed)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.mul_(1.5)  # so that heads and experts differ clearly
+    for name, parameter in decoder.named_parameters():
+        parameter.requires_grad_(not name.endswith("e_score_correction_bias"))
+    return decoder
+
+
+STAGE = """
+[[stages]]
+kind = "{kind}"
+steps = {steps}
+context = 64
+tokens_per_step = 128
+learning_rate = 3e-3
+warmup_steps = 1
+{more}
+"""
+
+
+def stage(kind: str, steps: int, **more: Any) -> str:
+    """One stage in TOML."""
+    return STAGE.format(kind=kind, steps=steps, more="\n".join(f"{k} = {json.dumps(v)}" for k, v in more.items()))

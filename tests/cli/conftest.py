@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
-from tiny import write_tiny_model
+from bytewise import write_tiny_model
 
 from foveal.cli.main import main
 

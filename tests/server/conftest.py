@@ -5,7 +5,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from tiny import write_tiny_model
+from bytewise import write_tiny_model
 
 from foveal import LLM
 

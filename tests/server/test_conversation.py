@@ -8,7 +8,7 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
-from tiny import write_tiny_model
+from bytewise import write_tiny_model
 
 from foveal import LLM
 

@@ -54,7 +54,7 @@ class Evaluator:
         loss, weight = 0.0, 0.0
         for _, batch in zip(range(rows), feed, strict=False):
             packed = Batch.packed(batch.sequences, dense=dense)
-            weights_T = torch.cat(list(target_weights(batch)))
+            weights_T = torch.cat(target_weights(batch))
             x_TD, _ = self._decoder.trunk(packed)
             loss += float(head_loss(self._decoder, x_TD, weights_T, next_token(packed.ids_T.roll(-1))))
             weight += float(weights_T.sum())

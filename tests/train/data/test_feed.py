@@ -93,6 +93,17 @@ def test_shares_are_those_of_the_weights(corpus: Corpus) -> None:
     assert stream.rows_given == {"a": 40, "b": 20, "retrieval0": 10}
 
 
+def test_single_sources_can_be_fed(corpus: Corpus) -> None:
+    """Evaluation looks at one source at a time; its rows are the ones that it has in a mixture."""
+    alone = feed(corpus, rows=1, sources=["b"])
+    mixed = [row for row in next(feed(corpus, rows=7)).rows if row.loss_weights is None]
+    firsts = [next(alone), next(alone)]
+    assert alone.rows_given == {"b": 2}
+    assert all(any(same([first], [TrainingBatch((row,))]) for row in mixed) for first in firsts)
+    with pytest.raises(ValueError, match="none of c has held-out documents"):
+        feed(corpus, sources=["c"], part="held_out")
+
+
 def test_sequences_are_what_the_model_takes(corpus: Corpus) -> None:
     """int64 ids that `Batch.packed` takes as they are, with weights of the same lengths."""
     batch = next(feed(corpus, rows=7))

@@ -9,7 +9,7 @@ import numpy as np
 
 from foveal.models.resolve import cache_dir as foveal_cache
 from foveal.train.data.files import short_hash
-from foveal.train.data.retrieval import RetrievalRows
+from foveal.train.data.retrieval import VERSION, RetrievalRows
 from foveal.train.data.rows import Ids, RowSource, TextRows
 from foveal.train.data.settings import DataSettings
 from foveal.train.data.shards import Shard, open_shard
@@ -79,7 +79,7 @@ class Corpus:
                 haystack = self.shards[task.haystack], chosen
             made = RetrievalRows(task, self.encoder, haystack, context, _seed(seed, name, part))
             hidden_in = self.shards[task.haystack].key if task.haystack is not None else None
-            key = short_hash(repr(task), self.encoder.hash, hidden_in, self.settings.held_out, part)
+            key = short_hash(VERSION, repr(task), self.encoder.hash, hidden_in, self.settings.held_out, part)
             sources.append(OpenSource(name, task.weight, key, made))
         return sources
 

@@ -1,10 +1,11 @@
 """Made-up documents in which something said once has to be found again, at any distance up to the context."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from random import Random
-from typing import TypeVar
+from typing import Literal, TypeVar
+from uuid import UUID
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,9 @@ from foveal.train.data.shards import Shard
 from foveal.train.data.tokenizer import Encoder
 
 T = TypeVar("T")
+
+VERSION = 1
+"""Counts changes of the documents made: streams of other versions are not continued."""
 
 _ADJECTIVES, _NOUNS, _VERBS = words.ADJECTIVES.split(), words.NOUNS.split(), words.VERBS.split()
 _PLACES = words.PLACES.split("|")
@@ -32,6 +36,8 @@ class _Snippet:
 class _Draft:
     """A document before it has its length: snippets at moments between 0 and 1, haystack around them."""
 
+    joint: str
+    """What stands before each snippet."""
     opening: _Snippet
     closing: _Snippet
     size: int
@@ -45,7 +51,7 @@ class _Draft:
 
 
 class _Sentences:
-    """A haystack of plain sentences."""
+    """A haystack of plain sentences; of few of them over and over in every fourth document."""
 
     def __init__(self, encoder: Encoder) -> None:
         dice = Random("sentences")
@@ -55,11 +61,16 @@ class _Sentences:
             for _ in range(1024)
         )
         self._sentences = [np.array(encoder.snippet(text)[0], dtype=np.int64) for text in texts]
+        self._noise = [np.array(encoder.snippet(f"{joint}{words.NOISE}")[0], dtype=np.int64) for joint in (" ", "\n")]
 
     def take(self, dice: Random, count: int) -> Ids:
+        choices = self._sentences
+        if dice.random() < 0.25:
+            few = [_pick(dice, self._sentences) for _ in range(1 + _below(dice, 5))]
+            choices = [np.concatenate(few), _pick(dice, self._noise)][_below(dice, 2) :][:1]
         found: list[Ids] = [np.empty(0, dtype=np.int64)]
         while count > 0:
-            found.append(_pick(dice, self._sentences)[:count])
+            found.append(_pick(dice, choices)[:count])
             count -= len(found[-1])
         return np.concatenate(found)
 
@@ -156,9 +167,9 @@ class RetrievalRows:
 
     def _passkey(self, dice: Random, length: int) -> _Draft:
         needle, question = words.PASSKEY
-        value = {"value": _number(dice, 5)}
-        draft = self._draft(words.PASSKEY_OPENING, self._snippet(question, value))
-        draft.add([(dice.random(), self._snippet(needle, value, told=False))])
+        fact = {"value": _number(dice, 5)}
+        draft = self._draft(dice, words.PASSKEY_OPENING, question, fact)
+        draft.add([(dice.random(), self._snippet(draft.joint + needle, fact, told=False))])
         return draft
 
     def _multikey(self, dice: Random, length: int) -> _Draft:
@@ -167,54 +178,45 @@ class RetrievalRows:
 
     def _recall(self, dice: Random, length: int) -> _Draft:
         """A table of pairs, up to most of the document, with questions in between."""
-        return self._facts(
-            dice, length, _pick(dice, words.RECALL), room=length * (0.1 + 0.8 * dice.random()), most=512, asked=0.3
-        )
+        room = length * (0.1 + 0.8 * dice.random())
+        return self._facts(dice, length, _pick(dice, words.RECALL), room=room, most=512, asked=0.3)
 
     def _facts(
         self, dice: Random, length: int, form: tuple[str, str], *, room: float, most: int, asked: float
     ) -> _Draft:
         """Facts of one form about different keys, as many as there is room for; the last question is about one."""
-        join = _pick(dice, (" ", "-"))
-        keys = (join.join(_pair(number)) for number in _distinct(dice, len(_ADJECTIVES) * len(_NOUNS)))
         needle, question = form
-        facts = [self._fact(dice, next(keys))]
-        opening = words.MAGIC_OPENING if form is words.MAGIC else ""
-        draft = self._draft(opening, self._snippet(question, facts[0]))
-        draft.add([(dice.random(), self._snippet(needle, facts[0], told=False))])
-        for _ in range(1 + _below(dice, most - 1)):
-            fact, moment = self._fact(dice, next(keys)), dice.random()
-            events = [(moment, self._snippet(needle, fact, told=False))]
+        facts = _facts(dice, "uuid" if form is words.MAGIC and dice.random() < 0.2 else "number")
+        fact = next(facts)
+        draft = self._draft(dice, words.MAGIC_OPENING if form is words.MAGIC else "", question, fact)
+        draft.add([(dice.random(), self._snippet(draft.joint + needle, fact, told=False))])
+        for fact in islice(facts, 1 + _below(dice, most - 1)):
+            moment = dice.random()
+            events = [(moment, self._snippet(draft.joint + needle, fact, told=False))]
             if dice.random() < asked:
-                events.append((moment + (1 - moment) * dice.random(), self._snippet(question, fact)))
+                events.append((moment + (1 - moment) * dice.random(), self._snippet(draft.joint + question, fact)))
             if draft.size + sum(len(snippet.ids) for _, snippet in events) > min(room, length):
                 break
             draft.add(events)
         return draft
-
-    def _fact(self, dice: Random, name: str) -> dict[str, str]:
-        return {
-            "key": name,
-            "value": _number(dice, 4 + _below(dice, 4)),
-            "word": " ".join(_pair(_below(dice, len(_ADJECTIVES) * len(_NOUNS)))),
-        }
 
     def _copy(self, dice: Random, length: int) -> _Draft:
         """A passage that comes a second time: told from its fifth token on."""
         size = 8 + _below(dice, max(1, min(length // 4, 512) - 8))
         ids = self._haystack.take(dice, size).tolist()
         if dice.random() < 0.5:
-            words = " ".join(_pick(dice, _NOUNS) for _ in range(size))
-            ids = self._encoder.snippet(f" {words}")[0][:size]
+            ids = self._encoder.snippet(" ".join(["", *(_pick(dice, _NOUNS) for _ in range(size))]))[0][:size]
         first = _Snippet(ids, [False] * len(ids))
         again = _Snippet(ids, [False] * 4 + [True] * (len(ids) - 4))
-        draft = self._draft("", again)
+        draft = _Draft("", _Snippet([], []), again, len(ids) + 1)
         draft.add([(dice.random(), first)])
         return draft
 
-    def _draft(self, opening: str, closing: _Snippet) -> _Draft:
-        ids = self._encoder.snippet(opening)[0] if opening else []
-        return _Draft(_Snippet(ids, [False] * len(ids)), closing, len(ids) + len(closing.ids) + 1)
+    def _draft(self, dice: Random, opening: str, question: str, fact: dict[str, str]) -> _Draft:
+        joint = _pick(dice, (" ", "\n"))
+        ids = self._encoder.snippet(opening.format(**fact))[0] if opening else []
+        closing = self._snippet(joint + question, fact)
+        return _Draft(joint, _Snippet(ids, [False] * len(ids)), closing, len(ids) + len(closing.ids) + 1)
 
     def _snippet(self, form: str, fact: dict[str, str], told: bool = True) -> _Snippet:
         """A form filled in; `told`: its last value is known by now."""
@@ -225,8 +227,25 @@ class RetrievalRows:
         return _Snippet(ids, [told and begin < start + len(value) and stop > start for begin, stop in places])
 
 
-def _pair(number: int) -> tuple[str, str]:
-    return _ADJECTIVES[number % len(_ADJECTIVES)], _NOUNS[number // len(_ADJECTIVES) % len(_NOUNS)]
+def _facts(dice: Random, kind: Literal["number", "uuid"]) -> Iterator[dict[str, str]]:
+    """Facts about different keys."""
+    joint = _pick(dice, (" ", "-"))
+    seen: set[int] = set()
+    while len(seen) < len(_ADJECTIVES) * len(_NOUNS):
+        place = _below(dice, len(_ADJECTIVES) * len(_NOUNS))
+        if place in seen:
+            continue
+        seen.add(place)
+        if kind == "uuid":
+            yield {"kind": kind, "key": _uuid(dice), "value": _uuid(dice)}
+        else:
+            value, word = _number(dice, 4 + _below(dice, 4)), f"{_pick(dice, _ADJECTIVES)} {_pick(dice, _NOUNS)}"
+            key = f"{_ADJECTIVES[place % len(_ADJECTIVES)]}{joint}{_NOUNS[place // len(_ADJECTIVES)]}"
+            yield {"kind": kind, "key": key, "value": value, "word": word}
+
+
+def _uuid(dice: Random) -> str:
+    return str(UUID(int=_below(dice, 1 << 52) << 76 | _below(dice, 1 << 52) << 24 | _below(dice, 1 << 24), version=4))
 
 
 def _number(dice: Random, digits: int) -> str:
@@ -240,12 +259,3 @@ def _below(dice: Random, count: int) -> int:
 
 def _pick(dice: Random, choices: Sequence[T]) -> T:
     return choices[_below(dice, len(choices))]
-
-
-def _distinct(dice: Random, count: int) -> Iterable[int]:
-    seen: set[int] = set()
-    while True:
-        number = _below(dice, count)
-        if number not in seen:
-            seen.add(number)
-            yield number

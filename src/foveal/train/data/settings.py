@@ -52,7 +52,10 @@ class RetrievalSettings:
 
     name: str | None = key("what logs call this source", None)
     weight: float = key("share of all tokens, relative to the other sources", 1.0, above=0)
-    tasks: tuple[Task, ...] = key("kinds of documents, equally often", ("passkey", "multikey", "recall", "copy"))
+    tasks: tuple[Task, ...] = key(
+        "kinds of documents, equally often (name one twice for twice as many)",
+        ("passkey", "multikey", "recall", "copy"),
+    )
     haystack: str | None = key("the name of the text source to hide things in; none: plain made-up sentences", None)
     min_length: int = key("tokens of the shortest document; the longest fills the context", 256, at_least=128)
     answer_weight: float = key("weight in the loss of the tokens that can be known from the document", 1.0, at_least=0)

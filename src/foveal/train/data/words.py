@@ -21,36 +21,38 @@ PLACES = (
     "|without a word|as always|for a shilling|under the trees|behind the church|on the way home|at noon|last year"
 )
 
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+
 # What is said, and how it is asked for. {value} is a number, {word} is words, {key} is what they belong to.
 PASSKEY = (
-    " The pass key is {value}. Remember it. {value} is the pass key.",
-    " What is the pass key? The pass key is {value}.",
+    "The pass key is {value}. Remember it. {value} is the pass key.",
+    "What is the pass key? The pass key is {value}.",
 )
 PASSKEY_OPENING = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you about "
     "the important information there."
 )
 MAGIC = (
-    " One of the special magic numbers for {key} is: {value}.",
-    " What is the special magic number for {key} mentioned in the provided text?"
-    " The special magic number for {key} mentioned in the provided text is {value}.",
+    "One of the special magic {kind}s for {key} is: {value}.",
+    "What is the special magic {kind} for {key} mentioned in the provided text?"
+    " The special magic {kind} for {key} mentioned in the provided text is {value}.",
 )
 MAGIC_OPENING = (
-    "Some special magic numbers are hidden within the following text. Make sure to memorize them. I will quiz you "
-    "about the numbers afterwards."
+    "A special magic {kind} is hidden within the following text. Make sure to memorize it. I will quiz you about the "
+    "{kind} afterwards."
 )
 MULTIKEY = (
     MAGIC,
-    (" The secret number of the {key} is {value}.", " What is the secret number of the {key}? It is {value}."),
+    ("The secret number of the {key} is {value}.", "What is the secret number of the {key}? It is {value}."),
     (
-        " Remember that the {key} costs {value} coins.",
-        " How many coins does the {key} cost? The {key} costs {value} coins.",
+        "Remember that the {key} costs {value} coins.",
+        "How many coins does the {key} cost? The {key} costs {value} coins.",
     ),
-    (" The {key} belongs to the {word}.", " Who owns the {key}? The {key} belongs to the {word}."),
+    ("The {key} belongs to the {word}.", "Who owns the {key}? The {key} belongs to the {word}."),
 )
 RECALL = (
-    ("\n{key}: {value}", "\n{key}: {value}"),
-    ("\n{key} = {word}", "\n{key} = {word}"),
-    (" The number of the {key} is {value}.", " The number of the {key} is {value}."),
+    ("{key}: {value}", "{key}: {value}"),
+    ("{key} = {word}", "{key} = {word}"),
+    ("The number of the {key} is {value}.", "The number of the {key} is {value}."),
     MAGIC,
 )
