@@ -53,8 +53,8 @@ class Guidance:
         kinds, rule = _RULES[given[0]]
         if not isinstance(value, kinds):
             raise ValueError(f"{given[0]} must be {rule}, not {value!r}")
-        if given[0] == "json_schema":
-            _check_json(value)
+        if self.json_schema is not None:
+            _check_json(self.json_schema)
 
     @property
     def kind(self) -> str:
