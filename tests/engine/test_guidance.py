@@ -90,7 +90,9 @@ def schemas() -> st.SearchStrategy[dict[str, Any]]:
     return st.recursive(simple, larger, max_leaves=4)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(
+    max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None
+)
 @given(schema=schemas(), seed=st.integers(0, 2**31), temperature=st.sampled_from([0.0, 0.7, 1.5]))
 def test_any_schema_is_kept(llm: LLM, schema: dict[str, Any], seed: int, temperature: float) -> None:
     """Guards against tokens that break the form, half characters, and text that goes on after its end."""
