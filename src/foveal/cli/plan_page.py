@@ -6,14 +6,11 @@ from typing import TYPE_CHECKING
 
 from foveal.cli.plan_curves import cache_curves, decode_curves, share_bars
 from foveal.cli.plan_rows import Section, amount, byte_size, sections, whole
-from foveal.cli.plan_svg import bar_plot, line_plot
+from foveal.cli.plan_svg import DARK, LIGHT, bar_plot, line_plot
 from foveal.costs.plan import Plan
 
 if TYPE_CHECKING:
     from foveal.costs.spectrum import LayerSpectrum
-
-_LIGHT = ("#2a6fdb", "#d1602b", "#1f9d72", "#8b54c9", "#b58a12", "#cc3f7b", "#4a8a9e", "#7a6a5a")
-_DARK = ("#6ea8ff", "#ff9a66", "#4fd3a3", "#c39bff", "#e3bb4b", "#ff82b4", "#7cc5d9", "#bcaa98")
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --text: #1c2026; --soft: #5a6270; --rule: #dfe3e8;
@@ -72,9 +69,9 @@ def page(plans: Sequence[Plan], spectra: Sequence["LayerSpectrum"] | None) -> st
 
 def _style() -> str:
     style = _STYLE
-    for name, colours in (("LIGHT", _LIGHT), ("DARK", _DARK)):
+    for name, colours in (("LIGHT", LIGHT), ("DARK", DARK)):
         style = style.replace(name, " ".join(f"--c{place}: {colour};" for place, colour in enumerate(colours)))
-    return style + "".join(f".c{place} {{ --colour: var(--c{place}) }}\n" for place in range(len(_LIGHT)))
+    return style + "".join(f".c{place} {{ --colour: var(--c{place}) }}\n" for place in range(len(LIGHT)))
 
 
 def _panel(title: str, content: str, columns: int = 0) -> str:

@@ -9,7 +9,10 @@ from foveal.cli.plan_curves import Bar, Curve, bar_parts, short
 _WIDTH, _HEIGHT = 480, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 10, 34
 _BAR, _GAP, _NAME = 20, 10, 118
-COLOURS = 8
+LIGHT = ("#2a6fdb", "#d1602b", "#1f9d72", "#8b54c9", "#b58a12", "#cc3f7b", "#4a8a9e", "#7a6a5a")
+DARK = ("#6ea8ff", "#ff9a66", "#4fd3a3", "#c39bff", "#e3bb4b", "#ff82b4", "#7cc5d9", "#bcaa98")
+"""Colours of series on a light and on a dark page."""
+COLOURS = len(LIGHT)
 """Series that have a colour of their own; the next ones are dashed."""
 
 
