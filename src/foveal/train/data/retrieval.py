@@ -163,12 +163,13 @@ class RetrievalRows:
         """Facts of one form about different keys, as many as there is room for; up to 8 are asked for at the end."""
         needle, question = form
         kind: Literal["number", "uuid"] = "uuid" if form is phrases.MAGIC and dice.random() < 0.2 else "number"
-        first, *others = _facts(dice, kind, dice.randint(2, most))
+        facts = _facts(dice, kind, dice.randint(2, most))
+        first = next(facts)
         draft = self._draft(dice, phrases.MAGIC_OPENING if form is phrases.MAGIC else "", form, first)
         last = self._snippet(draft.joint + question, first)
         room -= draft.size + len(last.ids)
         told = []
-        for fact in others:
+        for fact in facts:
             moment = dice.random()
             events = [(moment, self._snippet(draft.joint + needle, fact, told=False))]
             if dice.random() < asked:

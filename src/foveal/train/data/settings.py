@@ -64,7 +64,11 @@ class RetrievalSettings:
         ("passkey", "multikey", "recall", "copy"),
     )
     haystack: str | None = key("the name of the text source to hide things in; none: plain made-up sentences", None)
-    min_length: int = key("tokens of the shortest document; the longest fills the context", 256, at_least=128)
+    min_length: int = key(
+        "tokens of the shortest document (a copy, where its task needs more); the longest fills the context",
+        256,
+        at_least=128,
+    )
     answer_weight: float = key("weight in the loss of the tokens that can be known from the document", 1.0, at_least=0)
     other_weight: float = key("weight in the loss of all its other tokens", 1.0, at_least=0)
 
