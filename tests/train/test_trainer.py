@@ -121,14 +121,18 @@ def test_an_adapter(recipe: Make, base: Path, tmp_path: Path) -> None:
         assert not torch.allclose(sparse(ids)[:, 20:], dense(ids)[:, 20:], atol=1e-3)
     outputs = [
         LLM(base, adapter=adapter, max_num_batched_tokens=size).generate(
-            {"prompt_token_ids": ids[0].tolist()}, SamplingParams(temperature=0, max_tokens=12)
+            {"prompt_token_ids": ids[0].tolist()}, SamplingParams(temperature=0, max_tokens=12, logprobs=0)
         )[0]
         for size in (7, 2048)
     ]
-    assert outputs[0].outputs[0].token_ids == outputs[1].outputs[0].token_ids
     with torch.no_grad():
         whole = ids[0].tolist() + outputs[0].outputs[0].token_ids
-        assert sparse(torch.tensor([whole]))[0, 59:-1].argmax(-1).tolist() == outputs[0].outputs[0].token_ids
+        expected = sparse(torch.tensor([whole]))[0, 59:-1].log_softmax(-1).max(-1)
+    for output in outputs:
+        answer = output.outputs[0]
+        assert answer.token_ids == expected.indices.tolist()
+        found = [place[token].logprob for place, token in zip(answer.logprobs, answer.token_ids, strict=True)]
+        torch.testing.assert_close(torch.tensor(found), expected.values, rtol=1e-4, atol=1e-4)
 
     other = tmp_path / "other"
     make_oracle("llama", other, seed=1, vocab_size=320)
