@@ -94,6 +94,19 @@ def test_overrides_come_after_the_file(path: Path, monkeypatch: pytest.MonkeyPat
     assert recipe.sources[0].files == (Path.cwd() / "x",)
 
 
+def test_paths_may_name_the_environment(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recipe that is shared keeps its data elsewhere; a variable that is not set is a mistake, not a folder."""
+    monkeypatch.setenv("SOME_TEXT", "/texts")
+    monkeypatch.setenv("HOME", "/home/me")
+    path.write_text('steps = 1\n[[sources]]\nfiles = ["$SOME_TEXT/a", "~/b", "${SOME_TEXT}/c"]')
+    assert read_recipe(path, Recipe).sources[0].files == (Path("/texts/a"), Path("/home/me/b"), Path("/texts/c"))
+    monkeypatch.delenv("SOME_TEXT")
+    with pytest.raises(ValueError, match=r"sources\.0\.files\.0 = '\$SOME_TEXT/a': the environment has no \$SOME_TEXT"):
+        read_recipe(path, Recipe)
+    with pytest.raises(ValueError, match=r"override .*has no \$SOME_TEXT"):
+        read_recipe(path, Recipe, ["sources.0.files=['$SOME_TEXT/x']"])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -119,7 +132,15 @@ def test_explain_tells_every_key() -> None:
         "# which one (one of 'adamw', 'muon')\nname = \"adamw\"",
         "# averages (a list, each a number; >= 0, < 1)\nbetas = [0.9, 0.95]",
         "[[sources]]  # text (any number of these)",
-        "title = ...  # may be left out",
+        "# title = ...\n",
         "quick = false",
     ):
         assert part in text
+
+
+def test_what_explain_tells_is_a_recipe(tmp_path: Path) -> None:
+    """With values for the keys that must be given, its text is a recipe of all defaults."""
+    (tmp_path / "a.toml").write_text(
+        explain(Recipe).replace("steps = ...", "steps = 1").replace("files = ...", "files = []")
+    )
+    assert read_recipe(tmp_path / "a.toml", Recipe) == Recipe(steps=1, sources=(Source(()),))

@@ -8,7 +8,9 @@ import typer
 
 
 def train(
-    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE.toml", help="What to train, on what, and how.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="RECIPE.toml", help="What to train, on what, and how.")
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, such as run.seed=1."),

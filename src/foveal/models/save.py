@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from foveal.models.save import replacing, write_json
 
@@ -27,9 +29,9 @@ class Checkpoints:
         target = self.folder / f"step-{update:08d}"
         try:
             with replacing(target) as new:
-                dcp.save(dict(tensors), checkpoint_id=new / "tensors", no_dist=True)
+                save(dict(tensors), checkpoint_id=new / "tensors", no_dist=True)
                 write_json(new / _PROGRESS, progress)
-        except dcp.api.CheckpointException as error:
+        except CheckpointException as error:
             causes = [str(failure[0]) for failure in error.failures.values()]
             raise OSError(f"{target} could not be written: {'; '.join(causes)}") from None
         for old in self._complete()[: -self.keep]:
@@ -53,6 +55,6 @@ def progress_of(checkpoint: Path) -> dict[str, Any]:
 def fill_from(checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
     """Overwrite tensors with those of the checkpoint. ValueError where it does not hold them."""
     try:
-        dcp.load(dict(tensors), checkpoint_id=checkpoint / "tensors", no_dist=True)
-    except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
+        load(dict(tensors), checkpoint_id=checkpoint / "tensors", no_dist=True)
+    except (CheckpointException, RuntimeError, ValueError) as error:
         raise ValueError(f"{checkpoint} does not fit this recipe: {str(error).splitlines()[0]}") from None

@@ -1,6 +1,7 @@
 """The parameters that a stage teaches, and how they are updated."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,8 @@ class Learner:
         stage = self.stage
         by_muon = matrices(decoder) if stage.optimizer == "muon" else set()
         undecayed = {m.weight for m in decoder.modules() if isinstance(m, Embedding)}
-        muon, adamw = [], []
+        muon: list[dict[str, Any]] = []
+        adamw: list[dict[str, Any]] = []
         for own, rate in ((False, stage.learning_rate), (True, stage.indexer_learning_rate or stage.learning_rate)):
             part = {name: p for name, p in named.items() if (p in indexers) == own}
             groups = {
@@ -88,7 +90,7 @@ class Learner:
         """What the optimisers remember, for a checkpoint; the tensors themselves, to be overwritten by one."""
         self._remember()
         tensors = {f"master.{name}": tensor for name, tensor in self._masters.copies()}
-        names = {parameter: name for name, parameter in self._masters.by_name.items()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self._masters.by_name.items()}
         for optimizer in self.optimizers:
             for parameter, state in optimizer.state.items():
                 for what, value in state.items():

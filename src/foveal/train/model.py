@@ -111,9 +111,7 @@ def _indexed(config: ModelConfig, settings: ModelSettings) -> ModelConfig:
     if settings.indexer is None:
         return config
     given = settings.indexer
-    return with_indexers(
-        config, heads=given.heads, head_dim=given.head_dim, topk=given.topk, rope_dim=given.rope_dim
-    )
+    return with_indexers(config, heads=given.heads, head_dim=given.head_dim, topk=given.topk, rope_dim=given.rope_dim)
 
 
 def merged_config(raw: Mapping[str, Any], config: ModelConfig, indexer: IndexerConfig) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What a stage minimises: from a batch to gradients and figures."""
 
 from collections import Counter
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -85,11 +84,12 @@ class Objective:
             x_TD, _ = self._teacher.trunk(Batch(**{**vars(packed), "dense": True, "collect": frozenset()}))
         return taught(self._teacher, x_TD, self._stage.temperature)
 
-    def _routing(
-        self, packed: Batch, logits: list[Tensor], chosen: list[Tensor], tokens: int
-    ) -> dict[str, Tensor]:
+    def _routing(self, packed: Batch, logits: list[Tensor], chosen: list[Tensor], tokens: int) -> dict[str, Tensor]:
         """The routers' own losses; counts which experts were used."""
-        used = [torch.bincount(chosen_TA.flatten(), minlength=x.shape[1]) for chosen_TA, x in zip(chosen, logits, strict=True)]
+        used = [
+            torch.bincount(chosen_TA.flatten(), minlength=x.shape[1])
+            for chosen_TA, x in zip(chosen, logits, strict=True)
+        ]
         self._used = [a + b for a, b in zip(self._used, used, strict=True)] if self._used else used
         stage, losses = self._stage, {}
         if logits and stage.balance_weight:
@@ -103,10 +103,10 @@ class Objective:
         return losses
 
 
-def target_weights(batch: TrainingBatch) -> Iterator[Tensor]:
-    """For each sequence, float32: what its token t counts as one that has to tell token t + 1; the last one has none."""
+def target_weights(batch: TrainingBatch) -> list[Tensor]:
+    """For each sequence, float32: how much its token t counts in telling token t + 1; the last one counts nothing."""
     weights = batch.loss_weights or [torch.ones(len(ids)) for ids in batch.sequences]
-    return (pad(weights_N[1:], (0, 1)) for weights_N in weights)
+    return [pad(weights_N[1:], (0, 1)) for weights_N in weights]
 
 
 def _teacher(name: str | None, decoder: Decoder) -> Decoder:

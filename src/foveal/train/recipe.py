@@ -7,6 +7,8 @@ where the key is absent), tuple[X, ...], other schemas, and tuples of them (TOML
 import difflib
 import math
 import os
+import re
+import textwrap
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
@@ -73,7 +75,8 @@ def read_recipe(path: str | Path, schema: type[T], overrides: Sequence[str] = ()
 
 
 def explain(schema: type[Any]) -> str:
-    """Every key of a schema with its type, range, default and meaning, in the form of a recipe."""
+    """Every key of a schema with its meaning, type, range and default, in the form of a recipe. Keys that have no
+    default and may be left out stand in comments."""
     return "\n".join(_explain(schema, "", many=False)).strip() + "\n"
 
 
@@ -118,7 +121,10 @@ class _Reader:
                 raise ValueError(f"{wrong}{_meant(str(value), get_args(kind))}")
             return value
         if kind is Path and isinstance(value, str):
-            return _path(self.folder, value)
+            try:
+                return _path(self.folder, value)
+            except ValueError as error:
+                raise ValueError(f"{name} = {value!r}: {error}") from None
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
@@ -137,7 +143,10 @@ def _override(tree: dict[str, Any], schema: type[Any], override: str) -> None:
     place: Any = tree
     for step in tables:
         place = _enter(place, step, dotted)
-    value = _from_here(_parse(text.strip()), _type_of(schema, dotted.strip()))
+    try:
+        value = _from_here(_parse(text.strip()), _type_of(schema, dotted.strip()))
+    except ValueError as error:
+        raise ValueError(f"override {override!r}: {error}") from None
     if isinstance(place, list):
         place[_index(place, last, dotted)] = value
     elif isinstance(place, dict):
@@ -175,7 +184,10 @@ def _from_here(value: Any, kind: Any) -> Any:
 
 
 def _path(folder: Path, text: str) -> Path:
-    return folder / os.path.expandvars(Path(text).expanduser())
+    expanded = os.path.expandvars(Path(text).expanduser())
+    if unset := re.search(r"\$(\w+|{\w+})", expanded):
+        raise ValueError(f"the environment has no {unset[0]}")
+    return folder / expanded
 
 
 def _type_of(schema: Any, dotted: str) -> Any:
@@ -203,8 +215,10 @@ def _explain(schema: type[Any], name: str, many: bool) -> Iterator[str]:
             below.append((entry, inner, kind is not inner))
             continue
         notes = "; ".join(part for part in (_type_name(kind), str(_range(entry))) if part)
-        yield f"# {entry.metadata['doc']} ({notes})"
-        yield f"{entry.name} = {_shown(entry)}"
+        yield from textwrap.wrap(
+            f"{entry.metadata['doc']} ({notes})", 100, initial_indent="# ", subsequent_indent="#   "
+        )
+        yield _shown(entry)
     for entry, inner, several in below:
         heading = list(_explain(inner, _join(name, entry.name), several))
         optional = "" if _required(entry) else ", may be left out"
@@ -213,12 +227,12 @@ def _explain(schema: type[Any], name: str, many: bool) -> Iterator[str]:
 
 
 def _shown(entry: Field[Any]) -> str:
-    """A default as TOML writes it."""
+    """A key with its default, as a recipe would have it."""
     if _required(entry):
-        return "...  # must be given"
+        return f"{entry.name} = ...  # must be given"
     if entry.default is None:
-        return "...  # may be left out"
-    return _toml(entry.default)
+        return f"# {entry.name} = ..."
+    return f"{entry.name} = {_toml(entry.default)}"
 
 
 def _toml(value: Any) -> str:

@@ -27,7 +27,9 @@ class Report:
     def __enter__(self) -> "Report":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.close()
         self._log.close()
         if self._boards is not None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from foveal.costs.macs import training_flops
@@ -87,9 +86,7 @@ class Trainer:
                 fill_from(last, self._model_tensors())
         tokenizer = self.run.output / "tokenizer"
         self.tokenizer.save_pretrained(tokenizer)
-        return self.model.save(
-            self.run.output, tokenizer, base_learned=self.progress.base_learned, merge=merge
-        )
+        return self.model.save(self.run.output, tokenizer, base_learned=self.progress.base_learned, merge=merge)
 
     def _stage(self, stage: StageSettings, last: Path | None, report: Report, stop: Interrupted) -> None:
         """One stage, from where the progress says."""
@@ -110,14 +107,14 @@ class Trainer:
         progress.base_learned |= learner.teaches_base
         rows = (stage.micro_tokens or stage.context) // stage.context
         flops = training_flops(self.decoder.config, stage.context, dense=KINDS[stage.kind].dense)
-        saved, began = time.monotonic(), time.monotonic()
-        while progress.step < stage.steps:
+        saved = time.monotonic()
+        for step in range(progress.step, stage.steps):
             start = time.monotonic()
             values = objective.accumulate(next(feed), rows)
-            values |= learner.update(progress.step)
+            values |= learner.update(step)
             objective.balance()
             seconds = time.monotonic() - start
-            progress.step += 1
+            progress.step = step + 1
             progress.update += 1
             progress.tokens += stage.tokens_per_step
             progress.seconds += seconds

@@ -1,6 +1,6 @@
 """The feed: global batches of packed rows in an order that the seed fixes, for any number of ranks, from any step."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class TrainingBatch:
 
 class Feed:
     """An endless iterator over batches. Of each step's rows, rank r of R takes the r-th of R equal parts, so that the
-    ranks' batches one after another are the batch of a single process.
+    ranks' batches one after another are the batch of a single process. `sources`: only those of these names.
 
     Raises ValueError where a step is not made of whole rows, or does not divide among the ranks.
     """
@@ -56,6 +56,7 @@ class Feed:
         rank: int = 0,
         ranks: int = 1,
         part: Part = "train",
+        sources: Collection[str] | None = None,
     ) -> None:
         rows, odd = divmod(tokens_per_step, context)
         if odd or rows < 1 or rows % ranks:
@@ -65,8 +66,11 @@ class Feed:
         if not 0 <= rank < ranks:
             raise ValueError(f"rank = {rank} is not one of {ranks}")
         self._sources = corpus.open(part, context, seed)
+        if sources is not None:
+            self._sources = [source for source in self._sources if source.name in sources]
         if not self._sources:
-            raise ValueError(f"no source has {part.replace('_', '-')} documents")
+            wanted = "no source" if sources is None else f"none of {', '.join(sources)}"
+            raise ValueError(f"{wanted} has {part.replace('_', '-')} documents")
         self._rows = range(rows)[rows // ranks * rank : rows // ranks * (rank + 1)]
         self._rows_per_step = rows
         self._mixer = Mixer([source.weight for source in self._sources])

@@ -7,11 +7,12 @@ import hashlib
 import io
 import json
 import os
-import shutil
-import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from foveal.models.save import replacing
 
 _BLOCK = 1 << 24
 """Characters read at once: documents longer than this are put together from several blocks."""
@@ -50,17 +51,21 @@ def documents(path: Path, field: str, separator: str, advance: Advance = lambda 
     with path.open("rb") as raw:
         binary = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
         text = io.TextIOWrapper(binary, encoding="utf-8")
-        lines = path.name.removesuffix(".gz").endswith(".jsonl")
         done = 0
         try:
-            for document in _json_lines(text, field) if lines else _separated(text, separator):
+            for document in _json_lines(text, field) if _has_lines(path) else _separated(text, separator):
                 advance(raw.tell() - done)
                 done = raw.tell()
                 if document := document.strip("\r\n"):
                     yield document
-        except (ValueError, gzip.BadGzipFile, EOFError) as error:
+        except (ValueError, gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise ValueError(f"{path}: {error}") from None
         advance(raw.tell() - done)
+
+
+def _has_lines(path: Path) -> bool:
+    """Whether each line is a JSON object."""
+    return path.name.removesuffix(".gz").endswith(".jsonl")
 
 
 def _separated(file: io.TextIOBase, separator: str) -> Iterator[str]:
@@ -85,7 +90,10 @@ def _json_lines(file: io.TextIOBase, field: str) -> Iterator[str]:
 
 
 def content_hash(paths: Iterable[Path], cache: Path) -> str:
-    """A hash of what the files hold, in order. `cache`/files.json remembers each file's, by size and time."""
+    """A hash of what the files hold, in order, and of how they are read.
+
+    `cache`/files.json remembers each file's, by size and time.
+    """
     memory = cache / "files.json"
     try:
         known = json.loads(memory.read_text(encoding="utf-8"))
@@ -99,9 +107,9 @@ def content_hash(paths: Iterable[Path], cache: Path) -> str:
             with path.open("rb") as file:
                 entry = [stat.st_size, stat.st_mtime_ns, hashlib.file_digest(file, "sha256").hexdigest()]
             fresh[str(path)] = entry
-        digests.append(entry[2])
+        digests.append((entry[2], _has_lines(path)))
     if fresh:
-        write_atomically(memory, json.dumps(known | fresh, indent=1))
+        _write_atomically(memory, json.dumps(known | fresh, indent=1))
     return short_hash(*digests)
 
 
@@ -110,17 +118,15 @@ def short_hash(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that nobody ever sees half of it."""
+def _write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that nobody ever reads half of it, whoever else writes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    mine = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        mine.write_text(text, encoding="utf-8")
+        mine.replace(path)
+    finally:
+        mine.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -128,6 +134,7 @@ def building(target: Path) -> Iterator[Path | None]:
     """A folder to fill, which becomes `target` when all went well; None where `target` is already there.
 
     One process builds; others wait for it. What was killed leaves nothing that could be taken for whole.
+    OSError, with the file's or the target's name, where it cannot be written.
     """
     if target.is_dir():
         yield None
@@ -138,10 +145,10 @@ def building(target: Path) -> Iterator[Path | None]:
         if target.is_dir():
             yield None
             return
-        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
         try:
-            yield folder
-            folder.rename(target)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            with replacing(target) as folder:
+                yield folder
+        except OSError as error:
+            if error.filename is None:  # a full disk does not say which
+                raise OSError(error.errno, error.strerror, str(target)) from None
             raise

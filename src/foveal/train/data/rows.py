@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from foveal.train.data.packing import Epoch, pack_epoch, row_count
+from foveal.train.data.packing import Epoch, pack_epoch, row_count, shuffled
 from foveal.train.data.shards import Shard
 
 Ids = NDArray[np.int64]
@@ -31,19 +31,34 @@ class RowSource(Protocol):
         ...
 
 
+_PORTION = 1 << 17
+"""Documents packed together: about a second's work, and what has to be in memory."""
+
+
 class TextRows:
-    """Some documents of a shard, pass after pass, each pass packed anew."""
+    """Some documents of a shard, pass after pass, each pass packed anew.
+
+    Many documents are packed in portions, each a random choice of them that is the same in every pass.
+    """
 
     def __init__(self, shard: Shard, documents: Ids, context: int, seed: Sequence[int]) -> None:
-        self._shard, self._documents, self._context, self._seed = shard, documents, context, tuple(seed)
-        self._lengths = shard.lengths[documents]
-        self._rows = row_count(self._lengths, context)
-        self._epoch: tuple[int, Epoch] | None = None
+        self._shard, self._context, self._seed = shard, context, tuple(seed)
+        count = -(-len(documents) // _PORTION)
+        order = shuffled(len(documents), *seed) if count > 1 else np.arange(len(documents))
+        self._portions = [documents[np.sort(order[i::count])] for i in range(count)]
+        self._lengths = shard.lengths
+        rows = [row_count(self._lengths[portion], context) for portion in self._portions]
+        self._ends = np.cumsum(rows)
+        self._packed: tuple[int, Epoch] | None = None
 
     def row(self, number: int) -> Row:
-        """Row `number` of all passes; the first row of a pass packs it (a few microseconds a document)."""
-        epoch, index = divmod(number, self._rows)
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = epoch, pack_epoch(self._lengths, self._context, *self._seed, epoch)
-        pieces = self._epoch[1].row(index)
-        return Row(tuple(self._shard.read(int(self._documents[d]), start, length) for length, d, start in pieces))
+        """Row `number` of all passes; the first row of a portion packs it (some microseconds a document)."""
+        epoch, index = divmod(number, int(self._ends[-1]))
+        turn = int(np.searchsorted(self._ends, index, side="right"))
+        portion = self._portions[turn]
+        index -= int(self._ends[turn - 1]) if turn else 0
+        turn += epoch * len(self._portions)
+        if self._packed is None or self._packed[0] != turn:
+            self._packed = turn, pack_epoch(self._lengths[portion], self._context, *self._seed, turn)
+        pieces = self._packed[1].row(index)
+        return Row(tuple(self._shard.read(int(portion[d]), start, length) for length, d, start in pieces))

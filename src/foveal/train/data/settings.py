@@ -8,7 +8,10 @@ from foveal.train.recipe import key
 
 END_OF_TEXT = "<|endoftext|>"
 
-Task = Literal["passkey", "multikey", "recall", "copy"]
+Task = Literal[
+    "passkey", "multikey", "recall", "copy", "niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe"
+]
+"""Those from niah_single_1 on are RULER's, as `foveal.evaluate` asks them: one question a document."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,10 @@ class TokenizerSettings:
     def __post_init__(self) -> None:
         if not self.special_tokens or len(set(self.special_tokens)) < len(self.special_tokens):
             raise ValueError(f"special_tokens = {list(self.special_tokens)!r}: expected at least one, each once")
+        if self.vocab_size < 256 + len(self.special_tokens):
+            raise ValueError(
+                f"vocab_size = {self.vocab_size}: there are 256 bytes and {len(self.special_tokens)} special tokens"
+            )
 
 
 @dataclass(frozen=True)
@@ -52,9 +59,16 @@ class RetrievalSettings:
 
     name: str | None = key("what logs call this source", None)
     weight: float = key("share of all tokens, relative to the other sources", 1.0, above=0)
-    tasks: tuple[Task, ...] = key("kinds of documents, equally often", ("passkey", "multikey", "recall", "copy"))
+    tasks: tuple[Task, ...] = key(
+        "kinds of documents, equally often (name one twice for twice as many); the last six are those of RULER",
+        ("passkey", "multikey", "recall", "copy"),
+    )
     haystack: str | None = key("the name of the text source to hide things in; none: plain made-up sentences", None)
-    min_length: int = key("tokens of the shortest document; the longest fills the context", 256, at_least=128)
+    min_length: int = key(
+        "tokens of the shortest document (a copy, where its task needs more); the longest fills the context",
+        256,
+        at_least=128,
+    )
     answer_weight: float = key("weight in the loss of the tokens that can be known from the document", 1.0, at_least=0)
     other_weight: float = key("weight in the loss of all its other tokens", 1.0, at_least=0)
 
@@ -94,8 +108,3 @@ class DataSettings:
         texts = (source.name or f"text{i}" for i, source in enumerate(self.text))
         made_up = (source.name or f"retrieval{i}" for i, source in enumerate(self.retrieval))
         return (*texts, *made_up)
-
-    @property
-    def weights(self) -> tuple[float, ...]:
-        """Each source's weight, in the order of `names`."""
-        return (*(source.weight for source in self.text), *(source.weight for source in self.retrieval))

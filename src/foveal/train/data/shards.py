@@ -1,8 +1,6 @@
 """Encoded text on disk: a source's documents as one memory-mapped array of ids, with offsets and hashes beside it."""
 
 import hashlib
-import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from foveal.models.save import write_json
 from foveal.train.data.files import building, content_hash, documents, find_files, short_hash
 from foveal.train.data.settings import TextSettings
 from foveal.train.data.tokenizer import Encoder
@@ -87,9 +86,7 @@ def _build(folder: Path, source: TextSettings, files: Sequence[Path], encoder: E
             lengths += [len(ids) for ids in encoded]
             hashes += [_hash(text) for text in batch]
             for ids in encoded:
-                np.array(ids, dtype=_dtype(encoder)).tofile(file)
-        file.flush()
-        os.fsync(file.fileno())
+                file.write(np.array(ids, dtype=_dtype(encoder)).tobytes())
     np.save(folder / "offsets.npy", np.array([0, *accumulate(lengths)], dtype=np.int64))
     np.save(folder / "hashes.npy", np.array(hashes, dtype=np.uint64))
     manifest = {
@@ -99,7 +96,7 @@ def _build(folder: Path, source: TextSettings, files: Sequence[Path], encoder: E
         "dtype": np.dtype(_dtype(encoder)).name,
         "tokenizer": encoder.hash,
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "manifest.json", manifest)
 
 
 def _dtype(encoder: Encoder) -> type[np.uint16] | type[np.uint32]:
