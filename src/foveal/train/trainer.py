@@ -56,6 +56,7 @@ class Trainer:
         self.model: TrainedModel = begin(recipe.model, self.run.seed)
         self._check_vocabulary()
         self.corpus = Corpus.build(recipe.data, self.tokenizer)
+        self._check_held_out()
         self.progress = Progress()
         self._checkpoints = Checkpoints(self.run.output / "checkpoints", self.run.keep_checkpoints)
         self._rate = matrix_rate(self.decoder.options.dtype)
@@ -131,11 +132,12 @@ class Trainer:
                 }
             )
             ended = progress.step == stage.steps
-            if ended or (self.run.evaluate_every and progress.step % self.run.evaluate_every == 0):
-                report.event({"update": progress.update, **evaluator.evaluate()})
+            evaluated = ended or (self.run.evaluate_every and progress.step % self.run.evaluate_every == 0)
             if ended or stop.signal or time.monotonic() - saved > 60 * self.run.checkpoint_minutes:
                 self._save(learner, feed, ended)
                 saved = time.monotonic()
+            if evaluated:
+                report.event({"update": progress.update, **evaluator.evaluate()})
             if stop.signal:
                 raise KeyboardInterrupt
 
@@ -151,6 +153,14 @@ class Trainer:
 
     def _model_tensors(self) -> dict[str, Tensor]:
         return {f"model.{name}": p.detach() for name, p in self.decoder.named_parameters()}
+
+    def _check_held_out(self) -> None:
+        asked = self.run.evaluate_tokens
+        held_out = [name for name in self.corpus.shards if len(self.corpus.documents(name, "held_out"))]
+        if asked and not held_out and not self.recipe.data.retrieval:
+            raise ValueError(
+                f"run.evaluate_tokens = {asked}, but no source has more than one document to hold out from"
+            )
 
     def _check_vocabulary(self) -> None:
         size, most = len(self.tokenizer), self.decoder.config.vocab_size
