@@ -1,7 +1,7 @@
 """Throughput, time to first token and time per token of servers of one model, at several numbers of clients.
 
-The load comes from guidellm, in a Python of its own; every server gets prompts of as many random words and writes as many
-tokens. Beside `foveal serve`: `transformers serve` and llama.cpp's server, each if its Python is named.
+The load comes from guidellm, in a Python of its own; every server gets prompts of as many random words and writes as
+many tokens. Beside `foveal serve`: `transformers serve` and llama.cpp's server, each if its Python is named.
 
     python -m venv load && load/bin/pip install guidellm
     python -m venv peer && peer/bin/pip install 'transformers[serving]' torch
