@@ -143,7 +143,7 @@ def main() -> None:
         sides = {"foveal": (served(str(path), ["--served-model-name", "model", "--dtype", "bfloat16"]), "model")}
         if arguments.transformers:
             folder = as_transformers(path, Path(name) / "model")
-            command = [arguments.transformers, "serve", "--port", str(port), "--continuous-batching"]
+            command = [arguments.transformers, "serve", folder, "--port", str(port), "--continuous-batching"]
             sides["transformers"] = peer(command, port), folder
         if arguments.llama_python:
             command = [arguments.llama_python, "-m", "llama_cpp.server", "--model", str(path), "--port", str(port)]

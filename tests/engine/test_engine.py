@@ -110,8 +110,6 @@ def test_dynamic_rope_shares_prefixes_only_where_keys_are_equal() -> None:
     assert hits == [0, 128, 0, 192, 0, 128]
 
 
-@pytest.mark.parametrize("length", [10, 64, 100])
-@pytest.mark.parametrize("slots", [0, 9])
 def test_salts_keep_prefixes_apart() -> None:
     """Guards against one tenant's request finding what another's has computed, with and without `dynamic` rope."""
     for plain_rope in (None, 1000):
@@ -124,6 +122,8 @@ def test_salts_keep_prefixes_apart() -> None:
         assert hits == [0, 0, 192, 0, 192]
 
 
+@pytest.mark.parametrize("length", [10, 64, 100])
+@pytest.mark.parametrize("slots", [0, 9])
 def test_n_completions_share_the_prompt(length: int, slots: int) -> None:
     """Guards against computing the prompt n times, and against forks that write into each other's pages."""
     world = make_world(slots=slots)
