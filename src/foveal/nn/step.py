@@ -53,10 +53,14 @@ class Step:
     def keep(self, layout: PagedLayout | None, values_TX: Tensor) -> KeySource:
         """Store this step's rows in the cache, where there is one, and say where all rows of each sequence are."""
         if layout is None:
-            return KeySource(Rows(values_TX), self.contexts)
+            return KeySource(Rows(self.gather(values_TX)), self.contexts)
         assert self.rows_T is not None
         layout.write(self.rows_T, values_TX)
         return KeySource(layout.records, self.contexts)
+
+    def gather(self, values_TX: Tensor) -> Tensor:
+        """This step's rows, and those that other processes compute, where keys are shared."""
+        return values_TX if self.batch.gathered is None else self.batch.gathered.gather(values_TX)
 
     @cached_property
     def fusable(self) -> bool:
