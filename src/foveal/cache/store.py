@@ -109,11 +109,12 @@ class CacheStore:
 
     def _block(self, block: BlockConfig) -> BlockCache | None:
         mixer = block.operation
+        index = self._index(block.indexer) if block.indexer else None
         if isinstance(mixer, GQAConfig):
-            row = (mixer.kv_heads, mixer.head_dim)
-            return BlockCache(keys=self._plain(row, self.plan.dtype), values=self._plain(row, self.plan.dtype))
+            row, dtype = (mixer.kv_heads, mixer.head_dim), self.plan.dtype
+            return BlockCache(keys=self._plain(row, dtype), values=self._plain(row, dtype), index=index)
         if isinstance(mixer, MLAConfig):
-            return BlockCache(latent=self._latent(mixer), index=self._index(block.indexer) if block.indexer else None)
+            return BlockCache(latent=self._latent(mixer), index=index)
         if isinstance(mixer, MambaConfig):
             return BlockCache(state=StateLayout(self.slot_count, _mamba_states(mixer, self.plan.dtype), self._device))
         return None

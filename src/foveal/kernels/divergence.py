@@ -112,12 +112,13 @@ class _Divergence(torch.autograd.Function):
         ctx: Any, q_TIJ: Tensor, weights_TI: Tensor, k_RJ: Tensor, token_weights_T: Tensor, target: _Target
     ) -> tuple[Tensor, Tensor]:
         learned = (q_TIJ, weights_TI, k_RJ)
-        q_TIJ, weights_TI, k_RJ = (widened(x) for x in learned)
+        widest = max((widened(x).dtype for x in learned), key=lambda dtype: dtype.itemsize)
+        q_TIJ, weights_TI, k_RJ = (x.to(widest) for x in learned)
         d_q_TIJ, d_weights_TI, d_k_RJ = (torch.zeros_like(x) for x in (q_TIJ, weights_TI, k_RJ))
         divergence_T = weights_TI.new_zeros(len(q_TIJ))
         for rows, places, hidden_tN in target.tiles(*q_TIJ.shape[1:]):
             k_NJ, q_tIJ, weights_tI = k_RJ[places], q_TIJ[rows], weights_TI[rows]
-            p_tN = attention_shares(target.q_THP[rows], target.k_RGP[places], target.scale, hidden_tN)
+            p_tN = attention_shares(target.q_THP[rows], target.k_RGP[places], target.scale, hidden_tN).to(widest)
             products_tIN = (q_tIJ @ k_NJ.mT).relu_()
             scores_tN = (weights_tI[:, None] @ products_tIN)[:, 0]
             divergence_T[rows], d_scores_tN = _compare(p_tN, scores_tN, hidden_tN, token_weights_T[rows])

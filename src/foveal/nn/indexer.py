@@ -68,6 +68,7 @@ class Indexer(nn.Module):
         k_TJ = self.k_norm(self.wk(x_TD)).to(x_TD.dtype)
         k_TJ = apply_rope(k_TJ[:, None], step.turns(rope), interleaved=rope.interleaved)[:, 0]
         if cache is not None:
+            assert cache.index is not None
             return step.keep(cache.index, k_TJ)
         if isinstance(self.stored, torch.dtype):
             return step.keep(None, k_TJ.to(self.stored))

@@ -16,11 +16,15 @@ class IndexerSettings:
 
     heads: int = key("index heads; with few, many scores are exactly 0", 16, at_least=1)
     head_dim: int = key("width of an index key; a power of two for fp8 and int8 keys", 64, at_least=2)
-    rope_dim: int = key("how many of these are turned by position; even", 32, at_least=0)
+    rope_dim: int | None = key(
+        "how many of these are turned by position, even (none: half; with latent attention as many as there)",
+        None,
+        at_least=0,
+    )
     topk: int = key("tokens that each query attends to", 512, at_least=1)
 
     def __post_init__(self) -> None:
-        if self.rope_dim % 2 or self.rope_dim > self.head_dim:
+        if self.rope_dim is not None and (self.rope_dim % 2 or self.rope_dim > self.head_dim):
             raise ValueError(f"rope_dim = {self.rope_dim}: expected an even number up to head_dim = {self.head_dim}")
 
 

@@ -1,0 +1,205 @@
+"""Whole runs of tiny recipes: resuming, results, and what they can be used for."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import make_oracle
+from tiny import stage
+
+from foveal import LLM, SamplingParams
+from foveal.models.load import load_model
+from foveal.train.checkpoints import Checkpoints
+from foveal.train.schema import Recipe
+from foveal.train.trainer import Trainer
+
+STAGES = stage("pretrain", 4, optimizer="muon") + stage("warmup", 3) + stage("sparse", 3, micro_tokens=64)
+Make = Callable[..., Recipe]
+
+
+def losses(folder: Path) -> list[tuple[int, float | None, float | None]]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [(x["update"], x.get("loss"), x.get("index_loss")) for x in lines if "tokens_per_second" in x]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [2, 4, 5, 8])
+def test_killed_and_resumed(recipe: Make, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Losses after a kill that differ in any bit from those of a run that nobody killed."""
+    whole = recipe(STAGES, output="whole")
+    Trainer(whole).train()
+    expected = losses(whole.run.output)
+    assert len(expected) == 10 and expected[-1][1] is not None and expected[-1][2] is not None
+
+    cut = recipe(STAGES, output="cut", checkpoint_minutes=1e-9)  # a checkpoint after every update
+    save, saved = Checkpoints.save, []
+
+    def save_or_die(self: Checkpoints, update: int, *args: Any) -> None:
+        save(self, update, *args)
+        saved.append(update)
+        if update == after:
+            raise Killed
+
+    monkeypatch.setattr(Checkpoints, "save", save_or_die)
+    with pytest.raises(Killed):
+        Trainer(cut).train()
+    monkeypatch.setattr(Checkpoints, "save", save)
+    Trainer(cut).train()
+    assert losses(cut.run.output) == expected
+    models = [load_model(r.run.output / "model").state_dict() for r in (whole, cut)]
+    assert all(torch.equal(a, models[1][name]) for name, a in models[0].items())
+
+
+def test_a_full_disk(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint that cannot be written must leave the old one, and say so in one line."""
+    made = recipe(stage("pretrain", 6), checkpoint_minutes=1e-9, keep_checkpoints=1)
+    folder = made.run.output / "checkpoints"
+    count = 0
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise OSError(28, "No space left on device")
+        (Path(kwargs["checkpoint_id"])).mkdir(parents=True)
+
+    monkeypatch.setattr("foveal.train.checkpoints.save", full)
+    with pytest.raises(OSError, match="No space left"):
+        Trainer(made).train()
+    assert [path.name for path in folder.iterdir()] == ["step-00000002"]
+
+
+def test_the_result_is_a_model(recipe: Make, tmp_path: Path) -> None:
+    """A directory that foveal itself cannot load, or that answers otherwise than the trainer's model did."""
+    made = recipe(STAGES)
+    trainer = Trainer(made)
+    (written,) = trainer.train()
+    assert written == made.run.output / "model"
+    loaded = load_model(written)
+    ids = torch.arange(50)[None] % 300
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids), trainer.decoder(ids), rtol=1e-4, atol=1e-4)
+    answer = LLM(written).generate("takin", SamplingParams(temperature=0, max_tokens=5))[0]
+    assert len(answer.outputs[0].token_ids) == 5
+    again = Trainer(made)
+    assert again.train() == [written]
+    assert all(torch.equal(a, b) for a, b in zip(again.decoder.parameters(), trainer.decoder.parameters(), strict=True))
+
+
+INDEXER = "[model.indexer]\nheads = 4\nhead_dim = 16\nrope_dim = 8\ntopk = 8"
+
+
+@pytest.fixture
+def base(tmp_path: Path, recipe: Make) -> Path:
+    """A dense llama with the recipe's tokenizer."""
+    folder = tmp_path / "base"
+    make_oracle("llama", folder, vocab_size=320)
+    trainer = Trainer(recipe(stage("pretrain", 1)))
+    trainer.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter(recipe: Make, base: Path, tmp_path: Path) -> None:
+    """A base that an indexer-only run changed, an adapter that a model takes and does not use, or takes and should
+    not: it was trained on another one."""
+    made = recipe(stage("warmup", 6) + stage("sparse", 2, learns="indexer"), f'start = "{base}"\n{INDEXER}')
+    (adapter,) = Trainer(made).train()
+    assert sorted(path.name for path in adapter.iterdir()) == ["adapter.safetensors", "adapter_config.json"]
+    index = [line["index_loss"] for line in map(json.loads, (made.run.output / "log.jsonl").open()) if "mfu" in line]
+    assert index[5] < index[0]
+
+    ids = torch.randint(320, (1, 60))
+    dense, sparse = load_model(base), load_model(base, adapter=adapter)
+    with torch.no_grad():
+        torch.testing.assert_close(sparse(ids)[:, :8], dense(ids)[:, :8], rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(sparse(ids)[:, 20:], dense(ids)[:, 20:], atol=1e-3)
+    outputs = [
+        LLM(base, adapter=adapter, max_num_batched_tokens=size).generate(
+            {"prompt_token_ids": ids[0].tolist()}, SamplingParams(temperature=0, max_tokens=12, logprobs=0)
+        )[0]
+        for size in (7, 2048)
+    ]
+    with torch.no_grad():
+        whole = ids[0].tolist() + outputs[0].outputs[0].token_ids
+        expected = sparse(torch.tensor([whole]))[0, 59:-1].log_softmax(-1).max(-1)
+    for output in outputs:
+        answer = output.outputs[0]
+        assert answer.token_ids == expected.indices.tolist()
+        found = [place[token].logprob for place, token in zip(answer.logprobs, answer.token_ids, strict=True)]
+        torch.testing.assert_close(torch.tensor(found), expected.values, rtol=1e-4, atol=1e-4)
+
+    other = tmp_path / "other"
+    make_oracle("llama", other, seed=1, vocab_size=320)
+    with pytest.raises(ValueError, match=r"was trained on .*base"):
+        load_model(other, adapter=adapter)
+    with pytest.raises(ValueError, match="attends to windows"):
+        make_oracle("mistral", other, vocab_size=320)
+        load_model(other, adapter=adapter)
+
+
+def test_merged_into_deepseek_v32(recipe: Make, tmp_path: Path) -> None:
+    """A merged directory that transformers cannot read, or reads and computes something else."""
+    from transformers import AutoModelForCausalLM
+
+    base = tmp_path / "base"
+    make_oracle("deepseek_v3", base, vocab_size=320)
+    trainer = Trainer(recipe(stage("pretrain", 1)))
+    trainer.tokenizer.save_pretrained(base)
+    indexer = "[model.indexer]\nheads = 16\nhead_dim = 32\ntopk = 12"
+    made = recipe(stage("warmup", 3), f'start = "{base}"\n{indexer}')
+    trainer = Trainer(made)
+    (written,) = trainer.train(merge=True)
+    oracle = AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32).eval()
+    assert type(oracle).__name__ == "DeepseekV32ForCausalLM"
+    ids = torch.randint(320, (2, 70))
+    with torch.no_grad():
+        mine = load_model(written, index_dtype="float32")(ids)
+        torch.testing.assert_close(mine, oracle(ids).logits, rtol=1e-4, atol=1e-4)
+        dense = load_model(base)(ids)
+    assert not torch.allclose(mine[:, 30:], dense[:, 30:], atol=1e-3)
+    # The same indexers as an adapter of the base.
+    (adapter,) = Trainer(made).train()
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(base, adapter=adapter)(ids), mine, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("stages", "model", "message"),
+    [
+        (stage("pretrain", 1).replace("context = 64", "context = 512").replace("128", "512"), None, "512.* 256 pos"),
+        (stage("warmup", 1), 'start = "{llama}"', "no indexers"),
+        (stage("distil", 1, teacher="{llama}"), None, "teacher.*128 tokens.* 320"),
+        (stage("pretrain", 1), 'start = "{llama}"', "tokenizer has 300 tokens.*128"),
+    ],
+)
+def test_mistakes(recipe: Make, tmp_path: Path, stages: str, model: str | None, message: str) -> None:
+    """A run that starts, or fails with a traceback deep inside, where the recipe cannot work."""
+    llama = tmp_path / "llama"
+    vocab = 320 if "no indexers" in message else 128
+    make_oracle("llama", llama, vocab_size=vocab)
+    arguments = [model.format(llama=llama)] if model else []
+    with pytest.raises(ValueError, match=message):
+        Trainer(recipe(stages.replace("{llama}", str(llama)), *arguments)).train()
+
+
+def test_distil(recipe: Make) -> None:
+    """A stage whose loss does not fall towards its own dense form, or whose teacher learns."""
+    made = recipe(stage("pretrain", 3) + stage("distil", 6))
+    Trainer(made).train()
+    assert all(loss is not None and loss >= 0 for update, loss, _ in losses(made.run.output) if update > 3)
+
+
+def test_bfloat16(recipe: Make) -> None:
+    """A run that cannot learn in bfloat16, or whose result is not bfloat16."""
+    made = recipe(stage("pretrain", 12) + stage("sparse", 2), 'config = "config.json"\ndtype = "bfloat16"')
+    trainer = Trainer(made)
+    (written,) = trainer.train()
+    first, *_, last = [loss for update, loss, _ in losses(made.run.output) if update <= 12]
+    assert first is not None and last is not None and last < 0.9 * first
+    assert load_model(written).embed_tokens.weight.dtype == torch.bfloat16
