@@ -98,6 +98,15 @@ class RunSettings:
 
 
 @dataclass(frozen=True)
+class ParallelSettings:
+    """How the processes that torchrun starts divide the work. Weights and rows are always divided."""
+
+    expert: int = key("processes that divide the experts among them; divides their number", 1, at_least=1)
+    context: int = key("processes that divide each row's tokens among them; divides their number", 1, at_least=1)
+    timeout_minutes: float = key("a process that the others wait for longer is given up", 30.0, above=0)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A training run."""
 
@@ -105,6 +114,7 @@ class Recipe:
     data: DataSettings = key("which text")
     stages: tuple[StageSettings, ...] = key("what is done, one after another")
     run: RunSettings = key("where to, and how it is watched")
+    parallel: ParallelSettings = key("several processes", ParallelSettings)
 
     def __post_init__(self) -> None:
         if not self.stages:
