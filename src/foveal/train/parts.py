@@ -16,3 +16,8 @@ def as_part_of(part: Tensor, whole: Tensor) -> Tensor:
     return DTensor.from_local(
         part, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
     )
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """All parts together. Asked by all processes that have one."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -36,7 +36,9 @@ class ModelSettings:
     config: Path | None = key("start from random weights: a Hugging Face config.json", None)
     indexer: IndexerSettings | None = key("add indexers to a model that has none", None)
     adapter: Path | None = key("start from these indexers", None)
-    dtype: Literal["float32", "bfloat16"] = key("of weights and activations; the optimiser keeps float32", "float32")
+    dtype: Literal["float32", "bfloat16", "float64"] = key(
+        "of weights and activations; the optimiser keeps at least float32; float64 is for comparisons", "float32"
+    )
     checkpoint_activations: bool = key("compute each layer again in the backward pass: less memory, more time", False)
 
     def __post_init__(self) -> None:

@@ -52,7 +52,7 @@ class _GatherRows(torch.autograd.Function):
         padded = rows_TX.new_zeros(most, *rows_TX.shape[1:])
         padded[: len(rows_TX)] = rows_TX
         everything = rows_TX.new_empty(group.size() * most, *rows_TX.shape[1:])
-        dist.all_gather_into_tensor(everything, padded, group=group)
+        dist.all_gather_single(everything, padded, group=group)
         return everything[place_N]
 
     @staticmethod
@@ -62,5 +62,5 @@ class _GatherRows(torch.autograd.Function):
         everything = d_rows_NX.new_zeros(ctx.group.size() * ctx.most, *d_rows_NX.shape[1:])
         everything[place_N] = d_rows_NX
         d_rows_TX = d_rows_NX.new_empty(ctx.most, *d_rows_NX.shape[1:])
-        dist.reduce_scatter_tensor(d_rows_TX, everything, group=ctx.group)
+        dist.reduce_scatter_single(d_rows_TX, everything, group=ctx.group)
         return d_rows_TX[: ctx.count], None, None, None

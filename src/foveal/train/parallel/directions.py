@@ -1,5 +1,6 @@
 """Muon over matrices of which each process has a part."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 
@@ -19,17 +20,19 @@ def direct_together(
     Stacks of matrices are cut between matrices, so that each rank has some whole. Single matrices are cut by rows: of
     as many as there are ranks each rank collects one, and sends the parts of its direction back.
     """
-    single: list[tuple[Tensor, Tensor]] = []
+    single: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for parameter, moment in pairs:
+        waiting = single[moment.dtype]
         if moment.dim() > 2:
             yield parameter, direction(moment)
         else:
-            single.append((parameter, moment))
-        if len(single) == group.size():
-            yield from _one_each(single, shapes, group)
-            single = []
-    if single:
-        yield from _one_each(single, shapes, group)
+            waiting.append((parameter, moment))
+        if len(waiting) == group.size():
+            yield from _one_each(waiting, shapes, group)
+            waiting.clear()
+    for waiting in single.values():
+        if waiting:
+            yield from _one_each(waiting, shapes, group)
 
 
 def _one_each(

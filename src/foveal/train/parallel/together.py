@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from foveal.models.decoder import Decoder
 from foveal.models.save import new_beside, replacing
@@ -20,6 +19,7 @@ from foveal.train.parallel.alone import Parallel, Result
 from foveal.train.parallel.context import share_context
 from foveal.train.parallel.directions import direct_together
 from foveal.train.parallel.sharding import Root, shard_decoder
+from foveal.train.parts import whole_tensor
 
 
 class Together(Parallel):
@@ -109,7 +109,7 @@ class Together(Parallel):
         targets = dict(whole.named_parameters())
         with torch.no_grad():
             for name, parameter in decoder.named_parameters():
-                full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+                full = whole_tensor(parameter)
                 if self.leads:
                     targets[name].copy_(full)
         return whole
