@@ -1,8 +1,10 @@
-"""Writes docs/costs.md and its plots from `foveal plan`'s own functions: no figure on that page is typed in.
+"""Writes docs/costs.md and its plots from `foveal plan`'s own functions: no figure on that page is typed in, but for
+times that were measured, which are kept in docs/plan_vs_measured.json.
 
 python docs/build_costs.py
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
@@ -36,6 +38,7 @@ def page() -> str:
         absorption=_absorption(),
         conversion=_conversion(),
         speed=_speed(),
+        **_measured(),
         long=whole(_LONG),
         price=f"{_PRICE:g}",
         names=", ".join(f"`{name}`" for name in released_names()),
@@ -238,6 +241,28 @@ def _speed() -> str:
         )
     heads = ("model", "H100s", "batch", "a step", "tokens a second", "a million decoded", "a million prefilled")
     return _table(heads, rows)
+
+
+def _measured() -> dict[str, str]:
+    """What benchmarks/plan_vs_measured.py printed on a quiet machine, and where."""
+    record = json.loads((_HERE / "plan_vs_measured.json").read_text(encoding="utf-8"))
+    rows = [
+        (
+            f"{row['model']}, {row['step']}",
+            f"{row['predicted_ms']:.1f} ms",
+            f"{row['measured_ms']:.1f} ms",
+            f"{row['error_percent']:+d} %".replace("-", "\N{MINUS SIGN}"),
+        )
+        for row in record["rows"]
+    ]
+    return {
+        "measured": _table(("step", "predicted", "measured", "error"), rows),
+        "measured_command": record["command"],
+        "measured_machine": f"{record['machine']}, {record['date']}",
+        "measured_peaks": (
+            f"{record['bandwidth_gigabytes_per_second']} GB/s and {record['float32_gigaflops_per_second']} Gflop/s"
+        ),
+    }
 
 
 if __name__ == "__main__":

@@ -8,13 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from foveal import kernels
-    from foveal.engine import LLM, SamplingParams
+    from foveal.engine import LLM, Guidance, SamplingParams
     from foveal.models.load import load_model
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "__version__", "kernels", "load_model"]
+__all__ = ["LLM", "Guidance", "SamplingParams", "__version__", "kernels", "load_model"]
 
-_HOME = {"LLM": "foveal.engine", "SamplingParams": "foveal.engine", "load_model": "foveal.models.load"}
+_HOME = {
+    "LLM": "foveal.engine",
+    "Guidance": "foveal.engine",
+    "SamplingParams": "foveal.engine",
+    "load_model": "foveal.models.load",
+}
 
 
 def __getattr__(name: str) -> Any:

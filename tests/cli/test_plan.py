@@ -202,7 +202,9 @@ def test_how_numbers_are_written() -> None:
         *("0", "12", "999", "1 k", "1000 k", "54.9 G", "2.5 E")
     ]
     assert [byte_size(n) for n in (0, 1023, 1024, 32000 * 65536)] == ["0 B", "1023 B", "1.00 KiB", "1.95 GiB"]
-    assert [seconds(t) for t in (0.0, 2e-6, 0.0123, 1.5, 99999.0)] == ["0 s", "2 µs", "12.3 ms", "1.5 s", "99999 s"]
+    assert [seconds(t) for t in (0.0, 3.91e-8, 2e-6, 0.0123, 99999.0)] == [
+        *("0 s", "39.1 ns", "2 µs", "12.3 ms", "99999 s")
+    ]
     assert whole(1234567) == "1\N{NARROW NO-BREAK SPACE}234\N{NARROW NO-BREAK SPACE}567" and whole(None) == "–"
     assert [short(n) for n in (1024, 1 << 20, 1000)] == ["1K", "1M", "1\N{NARROW NO-BREAK SPACE}000"]
 
@@ -212,11 +214,20 @@ def test_how_numbers_are_written() -> None:
     [
         (["no-such-model"], "no-such-model"),
         (["model.gguf"], "model.gguf"),
+        (["~nobody-of-that-name/model"], "no config '~nobody-of-that-name/model'"),
         (["{folder}/nothing.json"], "nothing.json"),
         (["{folder}/broken"], "broken/config.json"),
         (["{folder}", "--context", "0"], "context must be at least 1, not 0"),
         (["{folder}", "--context", "-5"], "context must be at least 1, not -5"),
         (["{folder}", "--context", "many"], "--context"),
+        (["{folder}", "--context", "1" + 30 * "0"], "context must be at most 1000000000; what was given has 31 digits"),
+        (["mixtral-8x7b", "--devices", "1" + 400 * "0"], "devices must be at most 1000000000"),
+        (["{folder}", "--batch", "1" + 400 * "0"], "batch must be at most 1000000000"),
+        (["{folder}", "--page-size", "1" + 400 * "0"], "page size must be at most 1000000000"),
+        (["{folder}", "--price-per-hour", "nan"], "price per hour"),
+        (["{folder}", "--variant", "dsa:1" + 30 * "0"], "'dsa:1000"),
+        (["{folder}/deep.json"], "nested too deeply"),
+        (["{folder}/empty"], "config.json"),
         (["{folder}", "--variant", "moe"], "'moe'"),
         (["{folder}", "--variant", "gqa:7"], "'gqa:7'"),
         (["{folder}", "glm-5"], "--compare"),
@@ -227,7 +238,7 @@ def test_how_numbers_are_written() -> None:
         (["glm-5", "--kv-cache-dtype", "int3"], "int3"),
         (["glm-5", "--index-dtype", "int3"], "int3"),
         (["{folder}", "--weights", "int3"], "'int3'"),
-        (["{folder}", "--page-size", "0"], "page size must be at least 1 token, not 0"),
+        (["{folder}", "--page-size", "0"], "page size must be at least 1, not 0"),
         (["{folder}", "--device", "tpu"], "'tpu'"),
         (["{folder}", "--devices", "0"], "devices must be at least 1, not 0"),
         (["{folder}", "--batch", "-1"], "batch must be at least 1, not -1"),
@@ -244,6 +255,8 @@ def test_mistakes_end_in_one_line(run: Any, folder: Path, arguments: list[str], 
     """A traceback, a mistake that is not named, or one that is planned all the same."""
     (folder / "broken").mkdir()
     (folder / "broken" / "config.json").write_text("{")
+    (folder / "deep.json").write_text("[" * 100_000)
+    (folder / "empty").mkdir()
     ended = run("plan", *(argument.format(folder=folder) for argument in arguments))
     assert ended.code == 2 and ended.out == ""
     assert ended.err.count("\n") == 1 and ended.err.startswith("foveal: ")
@@ -257,6 +270,9 @@ def test_mistakes_end_in_one_line(run: Any, folder: Path, arguments: list[str], 
         ({"hidden_size": -1}, "'hidden_size'"),
         ({"unheard_of": 3}, "'unheard_of' = 3"),
         ({"model_type": "gpt9"}, "'gpt9'"),
+        ({"model_type": None}, "'None'"),
+        ({"num_hidden_layers": 10**30}, "'num_hidden_layers'"),
+        ({"torch_dtype": "float7"}, "dtype 'float7' is not known"),
     ],
 )
 def test_bad_configs_are_named(run: Any, folder: Path, changes: dict[str, Any], culprit: str) -> None:

@@ -1,6 +1,7 @@
 """Reading config.json: both spellings, defaults, and refusals that name the culprit."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,7 @@ def test_shared_selections() -> None:
     assert glm(5) == [0, 1, 2, 3, 4]
     assert glm(4, index_topk_pattern="FSSF") == [0, 3]
     assert glm(3, indexer_types=["full", "shared", "full"]) == [0, 2]
+    assert glm(2, layer_types=["deepseek_sparse_attention"] * 2) == [0, 1]
 
 
 def test_glm_index_rope_is_interleaved() -> None:
@@ -299,11 +301,22 @@ def fp8(blocks: Any) -> dict[str, Any]:
         (fp8([128]), "'weight_block_size'"),
         (fp8(128), "'weight_block_size'"),
         (fp8([128, "128"]), "'weight_block_size'"),
+        ({"num_hidden_layers": 10**30}, "'num_hidden_layers' must not be above 10000; it is a number above 10^18"),
+        ({"num_hidden_layers": 10**9}, "it is 1000000000"),
+        ({"hidden_size": 10**400}, "'hidden_size' must not be above"),
+        ({"rms_norm_eps": float("nan")}, "'rms_norm_eps' must be a number"),
+        ({"rms_norm_eps": 10**400}, "'rms_norm_eps' must be a number"),
+        ({"rope_theta": float("inf")}, "'rope_theta' must be a number"),
+        ({"rope_scaling": {"type": "linear", "factor": float("inf")}}, "'factor' must be a number"),
+        ({"rope_scaling": {"type": "yarn", "factor": 1e300}}, "factor"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": -7}}, "must be above 0"),
+        ({"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 20}, "20 experts a token"),
+        ({"model_type": "jamba", "num_experts": 16, "num_experts_per_tok": 17}, "17 experts a token"),
     ],
 )
 def test_refusals(fields: dict[str, Any], culprit: str) -> None:
     """A field that changes results being ignored, or an error that does not say which it was."""
-    with pytest.raises(ValueError, match=culprit.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=re.escape(culprit)):
         read_config(LLAMA | fields)
 
 

@@ -20,7 +20,7 @@ from foveal.costs import causal_pairs
 from foveal.costs.macs import Form, projection_macs, running_macs, step_macs
 from foveal.models.decoder import Decoder, Options
 from foveal.nn.batch import Batch, StateSlots
-from foveal.nn.moe import Router
+from foveal.nn.moe import Router, Routing
 
 LENGTH = 41  # far beyond the top-k of 12, beyond the windows of 20 and 24
 SHORT = 9  # below top-k
@@ -293,12 +293,12 @@ class Whole(torch.nn.Module):
         return self.model.step(batch)
 
 
-def _routed(self: Router, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _routed(self: Router, x_TD: torch.Tensor) -> Routing:
     """Experts in turn; the router's product is made all the same."""
-    torch.nn.functional.linear(x_TD, self.weight)
+    logits_TE = torch.nn.functional.linear(x_TD, self.weight)
     experts, tokens = self.weight.shape[0], len(x_TD)
     chosen_TA = torch.arange(tokens * self.per_token).view(tokens, -1) % experts
-    return x_TD.new_empty(tokens, self.per_token), chosen_TA
+    return Routing(logits_TE, x_TD.new_empty(tokens, self.per_token), chosen_TA)
 
 
 def _turns(rope: Any, positions_T: torch.Tensor, lengths: Any) -> torch.Tensor:

@@ -133,6 +133,14 @@ def test_devices_that_a_token_is_sent_to() -> None:
     assert expected_remote_devices(8, 2, 1) == 0
     with pytest.raises(ValueError, match="8 experts cannot be spread evenly over 3 devices"):
         expected_remote_devices(8, 2, 3)
+    assert expected_remote_devices(100_000, 50_000, 10) == pytest.approx(9)  # binomials of this size take minutes
+
+
+def test_the_head_is_not_multiplied_in_fp8() -> None:
+    """The head of an fp8 checkpoint, which is stored in bfloat16, at fp8's rate."""
+    head = decode_time(setup_of("deepseek-v3", "fp8"), 4000, 100).parts["lm_head"]
+    assert head.bound == "arithmetic" and head.seconds == pytest.approx(2 * 4000 * 129280 * 7168 / 2e12)
+    assert decode_time(setup_of("deepseek-v3", "float32"), 4000, 100).parts["lm_head"].seconds == 2 * head.seconds
 
 
 def test_all_to_all_bytes() -> None:

@@ -17,6 +17,7 @@ from foveal.engine.request import Request
 from foveal.engine.runner import Runner
 from foveal.engine.scheduler import Scheduler
 from foveal.nn.batch import Batch
+from foveal.nn.watch import Watch
 
 VOCABULARY = 260
 EOS = 259
@@ -42,6 +43,7 @@ class FakeStore:
 @dataclass(frozen=True)
 class FakeOutput:
     logits_LV: Tensor
+    collected: dict[str, list[Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -58,7 +60,7 @@ class FakeModel:
     """Tokens that a query sees, itself included."""
     batches: list[Batch] = field(default_factory=list)
 
-    def step(self, batch: Batch, cache: FakeStore) -> FakeOutput:
+    def step(self, batch: Batch, cache: FakeStore, watch: Watch | None = None) -> FakeOutput:
         self.batches.append(batch)
         ids = batch.ids_T.tolist()
         if self.fail_on in ids:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from foveal.cache import PAGE_SIZE
 from foveal.engine.request import Request
 from foveal.nn.batch import Batch
+from foveal.nn.watch import Watch
 
 from .fakes import (
     EOS,
@@ -220,7 +221,7 @@ def test_prompt_logprobs_leave_nothing_in_the_prefix_cache() -> None:
 class Silent(FakeModel):
     """Always the same token, at once."""
 
-    def step(self, batch: Batch, cache: FakeStore) -> FakeOutput:
+    def step(self, batch: Batch, cache: FakeStore, watch: Watch | None = None) -> FakeOutput:
         assert batch.wanted_L is not None
         return FakeOutput(torch.zeros(len(batch.wanted_L), VOCABULARY))
 

@@ -157,8 +157,10 @@ def test_options_arrive(decoder: FakeDecoder, monkeypatch: pytest.MonkeyPatch) -
         tokenizer=mine,
         device="cpu",
         quantization="int4",
+        adapter="beside",
     )
     assert options == {
+        "adapter": "beside",
         "dtype": "auto",
         "device": "cpu",
         "index_dtype": "fp8",

@@ -21,7 +21,7 @@ from foveal.train.initial import initialise_indexers
 def sparse_llama(folder: Path, topk: int, dtype: torch.dtype = torch.float64) -> Decoder:
     """A random llama (4 heads, 2 groups) with random indexers."""
     oracle = make_oracle("llama", folder)
-    config = with_indexers(read_config(folder), heads=3, head_dim=16, topk=topk)
+    config = with_indexers(read_config(folder), heads=16, head_dim=16, topk=topk)
     decoder = Decoder(config, Options(dtype, index_dtype="auto"))
     initialise_indexers(decoder, 0)
     views = checkpoint_tensors(decoder)

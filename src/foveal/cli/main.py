@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import foveal
-from foveal.cli import chat, doctor, generate, plan, train
+from foveal.cli import chat, doctor, eval, generate, plan, serve, train
 
 app = typer.Typer(
     name="foveal",
@@ -21,8 +21,10 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
 app.command("plan")(plan.plan)
+app.command("eval")(eval.evaluate)
 app.command("train")(train.train)
 
 

@@ -118,13 +118,20 @@ def _config(model: str) -> "ModelConfig":
 
     if model in released_names():
         return read_config(released(model), to_run=False)
-    path = Path(model).expanduser()
+    path = _path(model)
     if path.suffix == ".gguf" or not path.exists():
         raise ValueError(
             f"no config {model!r}: MODEL is a config.json, a directory that holds one, or one of "
             f"{', '.join(released_names())}"
         )
     return read_config(path, to_run=False)
+
+
+def _path(model: str) -> Path:
+    try:
+        return Path(model).expanduser()
+    except RuntimeError:  # ~name of somebody who is not there
+        return Path(model)
 
 
 def _check_dtypes(configs: list["ModelConfig"], kv_cache_dtype: str, index_dtype: str) -> None:
@@ -142,7 +149,7 @@ def _check_dtypes(configs: list["ModelConfig"], kv_cache_dtype: str, index_dtype
 def _spectra(models: list[str], variants: list[str], config: "ModelConfig") -> list["LayerSpectrum"]:
     from foveal.costs.spectrum import latent_spectrum
 
-    path = Path(models[0]).expanduser()
+    path = _path(models[0])
     if len(models) > 1 or variants or not path.is_dir():
         raise ValueError(
             f"--ranks reads the weights of one model's directory, which {' '.join(models + variants)} is not"

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 from foveal.cli.plan_curves import cache_curves, decode_curves, share_bars
 from foveal.cli.plan_rows import Section, amount, byte_size, sections, whole
-from foveal.cli.plan_svg import bar_plot, line_plot
+from foveal.cli.plan_svg import DARK, LIGHT, bar_plot, line_plot
 from foveal.costs.plan import Plan
 
 if TYPE_CHECKING:
     from foveal.costs.spectrum import LayerSpectrum
 
-_LIGHT = ("#2a6fdb", "#d1602b", "#1f9d72", "#8b54c9", "#b58a12", "#cc3f7b", "#4a8a9e", "#7a6a5a")
-_DARK = ("#6ea8ff", "#ff9a66", "#4fd3a3", "#c39bff", "#e3bb4b", "#ff82b4", "#7cc5d9", "#bcaa98")
+_NARROW = 2
+"""Columns of a table that has room beside another; the others take the page's width, below."""
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --text: #1c2026; --soft: #5a6270; --rule: #dfe3e8;
@@ -21,14 +21,15 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --page: #14171c; --text: #e8eaee; --soft: #a3abb8; --rule: #343a44;
   --panel: #1c2027; DARK } }
 * { box-sizing: border-box }
-body { margin: 0 auto; max-width: 72rem; padding: 1.2rem; background: var(--page); color: var(--text);
+body { margin: 0 auto; max-width: 84rem; padding: 1.2rem; background: var(--page); color: var(--text);
   font: 16px/1.5 system-ui, sans-serif }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .3rem } h2 { font-size: 1.05rem; margin: 0 0 .6rem }
 p { color: var(--soft); margin: 0 0 1.2rem }
-.grid-of-panels { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
+.plots { display: grid; gap: 0 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr));
   align-items: start }
-section { background: var(--panel); border: 1px solid var(--rule); border-radius: 8px; padding: 1rem; min-width: 0 }
-section.whole { grid-column: 1 / -1 }
+.tables { columns: 2 26rem; column-gap: 1rem; margin-bottom: 1rem } .tables:empty { display: none }
+section { background: var(--panel); border: 1px solid var(--rule); border-radius: 8px; padding: 1rem; margin: 0 0 1rem;
+  break-inside: avoid }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { padding: .22rem .5rem; text-align: right; border-bottom: 1px solid var(--rule) }
@@ -36,7 +37,7 @@ td, thead th { white-space: nowrap }
 th { font-weight: 600 } th:first-child { text-align: left; font-weight: 400; padding-left: 0; min-width: 9rem }
 thead th { color: var(--soft) }
 svg { width: 100%; height: auto; display: block }
-svg text { fill: var(--soft); font: 12px system-ui, sans-serif }
+svg text { fill: var(--soft); font: 14px system-ui, sans-serif }
 svg .inside { fill: var(--page); font-weight: 600 }
 svg .grid { stroke: var(--rule) } svg .line { fill: none; stroke: var(--colour); stroke-width: 2.5 }
 svg .bar { fill: var(--colour) } svg .dashed { stroke-dasharray: 6 4 }
@@ -52,12 +53,14 @@ def page(plans: Sequence[Plan], spectra: Sequence["LayerSpectrum"] | None) -> st
     """The whole page."""
     names, context = ", ".join(plan.name for plan in plans), plans[0].request.context
     title = escape(f"{names}: what {whole(context)} tokens of context cost")
-    panels = [
+    plots = [
         _panel("Multiply-accumulates of a decoded token", line_plot(decode_curves(plans), amount, "cost by context")),
         _panel("Cache of one sequence", line_plot(cache_curves(plans), _bytes_tick, "cache by context")),
         _panel("Share of a decoded token's arithmetic", bar_plot(share_bars(plans), "share by part")),
-        *(_panel(section.title, _table(section), len(section.heads)) for section in sections(plans, spectra)),
     ]
+    tables = sections(plans, spectra)
+    narrow = [_panel(section.title, _table(section)) for section in tables if len(section.heads) <= _NARROW]
+    wide = [_panel(section.title, _table(section)) for section in tables if len(section.heads) > _NARROW]
     notes = "".join(f"<li>{escape(plan.name)}: {escape(note)}</li>" for plan in plans for note in plan.notes)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -65,22 +68,20 @@ def page(plans: Sequence[Plan], spectra: Sequence["LayerSpectrum"] | None) -> st
         f"<title>{title}</title><style>{_style()}</style></head><body><h1>{title}</h1>"
         "<p>Counted from config.json by <code>foveal plan</code>. Times are the least that the device's peaks allow "
         "(roofline); both axes of the plots are logarithmic.</p>"
-        f'<div class="grid-of-panels">{"".join(panels)}</div>'
+        f'<div class="plots">{"".join(plots)}</div><div class="tables">{"".join(narrow)}</div>{"".join(wide)}'
         f"{f'<ul>{notes}</ul>' if notes else ''}</body></html>\n"
     )
 
 
 def _style() -> str:
     style = _STYLE
-    for name, colours in (("LIGHT", _LIGHT), ("DARK", _DARK)):
+    for name, colours in (("LIGHT", LIGHT), ("DARK", DARK)):
         style = style.replace(name, " ".join(f"--c{place}: {colour};" for place, colour in enumerate(colours)))
-    return style + "".join(f".c{place} {{ --colour: var(--c{place}) }}\n" for place in range(len(_LIGHT)))
+    return style + "".join(f".c{place} {{ --colour: var(--c{place}) }}\n" for place in range(len(LIGHT)))
 
 
-def _panel(title: str, content: str, columns: int = 0) -> str:
-    """A box; a table of many columns gets the page's width."""
-    kind = ' class="whole"' if columns > 3 else ""
-    return f"<section{kind}><h2>{escape(title)}</h2>{content}</section>"
+def _panel(title: str, content: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{content}</section>"
 
 
 def _table(section: Section) -> str:

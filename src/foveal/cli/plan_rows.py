@@ -72,7 +72,7 @@ def amount(count: float) -> str:
 
 def seconds(time: float) -> str:
     """12.3 ms."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6), ("ns", 1e-9)):
         if time >= size:
             return f"{time / size:.3g} {unit}" if time < 999.5 * size else f"{time / size:.0f} {unit}"
     return f"{time:.3g} s"

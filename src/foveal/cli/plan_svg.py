@@ -7,9 +7,12 @@ from html import escape
 from foveal.cli.plan_curves import Bar, Curve, bar_parts, short
 
 _WIDTH, _HEIGHT = 480, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 10, 34
-_BAR, _GAP, _NAME = 20, 10, 118
-COLOURS = 8
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 14, 10, 40
+_BAR, _GAP, _NAME = 22, 10, 134
+LIGHT = ("#2a6fdb", "#d1602b", "#1f9d72", "#8b54c9", "#b58a12", "#cc3f7b", "#4a8a9e", "#7a6a5a")
+DARK = ("#6ea8ff", "#ff9a66", "#4fd3a3", "#c39bff", "#e3bb4b", "#ff82b4", "#7cc5d9", "#bcaa98")
+"""Colours of series on a light and on a dark page."""
+COLOURS = len(LIGHT)
 """Series that have a colour of their own; the next ones are dashed."""
 
 
@@ -28,8 +31,8 @@ def line_plot(curves: Sequence[Curve], label: Callable[[float], str], title: str
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(label(10.0**tick))}</text>')
     for context in contexts[::2]:
         x = across(math.log(context))
-        parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 16}" text-anchor="middle">{short(context)}</text>')
-    parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 2}" text-anchor="end">tokens of context</text>')
+        parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 21}" text-anchor="middle">{short(context)}</text>')
+    parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 4}" text-anchor="end">tokens of context</text>')
     for place, curve in enumerate(curves):
         points = [
             f"{across(math.log(n)):.1f},{down(math.log10(value)):.1f}"
@@ -49,7 +52,7 @@ def bar_plot(bars: Sequence[Bar], title: str) -> str:
     for row, bar in enumerate(bars):
         y, x = _GAP + row * (_BAR + _GAP), float(_NAME)
         label = bar.name if len(bar.name) < 19 else f"{bar.name[:17]}…"
-        parts.append(f'<text x="{_NAME - 6}" y="{y + 14}" text-anchor="end">{escape(label)}</text>')
+        parts.append(f'<text x="{_NAME - 6}" y="{y + 16}" text-anchor="end">{escape(label)}</text>')
         for name, part in bar.shares.items():
             width = part * (_WIDTH - _NAME - _RIGHT)
             fill = _classes(names.index(name))
@@ -57,9 +60,9 @@ def bar_plot(bars: Sequence[Bar], title: str) -> str:
             parts.append(
                 f'<rect class="bar {fill}" x="{x:.1f}" y="{y}" width="{width:.1f}" height="{_BAR}">{tip}</rect>'
             )
-            if width > 34:
+            if width > 40:
                 parts.append(
-                    f'<text class="inside" x="{x + width / 2:.1f}" y="{y + 14}" text-anchor="middle">'
+                    f'<text class="inside" x="{x + width / 2:.1f}" y="{y + 16}" text-anchor="middle">'
                     f"{100 * part:.0f} %</text>"
                 )
             x += width

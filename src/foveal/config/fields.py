@@ -1,5 +1,6 @@
 """Reading config.json so that nothing in it goes unnoticed."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -123,6 +124,14 @@ OFF = frozenset(
         "use_sliding_window",
     ]
 )
+# No model is near these; a number beyond them is a mistake that would take all memory, or hours, before it shows.
+_MOST = {
+    "num_hidden_layers": 10_000,
+    "num_experts": 100_000,
+    "num_local_experts": 100_000,
+    "n_routed_experts": 100_000,
+}
+_MOST_ELSE = (1 << 31) - 1
 
 
 class Fields:
@@ -158,7 +167,7 @@ class Fields:
         value = self.need(name) if default is None else self.get(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"config.json: '{name}' must be a whole number above 0, not {value!r}")
-        return value
+        return _believable(name, value)
 
     def positive_or_null(self, name: str) -> int | None:
         """A whole number above zero; None where the field is absent or null."""
@@ -169,12 +178,12 @@ class Fields:
         value = self.get(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise ValueError(f"config.json: '{name}' must be a whole number, not {value!r}")
-        return value
+        return _believable(name, value)
 
     def number(self, name: str, default: float) -> float:
-        """A number."""
+        """A finite number."""
         value = self.get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not is_number(value):
             raise ValueError(f"config.json: '{name}' must be a number, not {value!r}")
         return float(value)
 
@@ -231,6 +240,28 @@ class Fields:
                 f"config.json: {named} not supported for {self.family}: it may change results. "
                 "If it does not, remove it from config.json"
             )
+
+
+def is_number(value: object) -> bool:
+    """Whether JSON's `value` is a finite number (Python reads NaN and Infinity as numbers, too)."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond any float
+        return False
+
+
+def _believable(name: str, value: int) -> int:
+    most = _MOST.get(name, _MOST_ELSE)
+    if value > most:
+        raise ValueError(f"config.json: '{name}' must not be above {most}; it is {_shown(value)}")
+    return value
+
+
+def _shown(value: int) -> str:
+    """A whole number that may have thousands of digits."""
+    return str(value) if value < 10**18 else "a number above 10^18"
 
 
 def _says_something(name: str, value: Any) -> bool:

@@ -145,6 +145,11 @@ class MoEConfig:
     bias: bool = False
     """Biases in the shared expert (the routed ones never have any)."""
 
+    def __post_init__(self) -> None:
+        """ValueError for a token that would use more experts than there are."""
+        if self.per_token > self.experts:
+            raise ValueError(f"config.json: {self.per_token} experts a token cannot come from {self.experts} experts")
+
 
 MixerConfig = GQAConfig | MLAConfig | MambaConfig | KDAConfig
 FeedForwardConfig = MLPConfig | MoEConfig

@@ -20,6 +20,8 @@ def read_config(source: str | Path | Mapping[str, Any], *, to_run: bool = True) 
     """
     raw = source if isinstance(source, Mapping) else _parse(Path(source))
     fields = Fields(raw)
+    if "model_type" not in raw:
+        raise ValueError("config.json lacks 'model_type', which says how to read the rest")
     families = FAMILIES if to_run else FAMILIES | PLANNED
     family = families.get(fields.family)
     if family is None and fields.family in PLANNED:
@@ -42,6 +44,8 @@ def _parse(path: Path) -> dict[str, Any]:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # also where it is not UTF-8
         raise ValueError(f"{file} is not valid JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{file} is nested too deeply to be a config") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{file} does not hold a JSON object")
     return raw

@@ -4,7 +4,7 @@
 import math
 from typing import Any, cast
 
-from foveal.config.fields import Fields
+from foveal.config.fields import Fields, is_number
 from foveal.config.model import RopeConfig, RopeKind, RopeScaling
 
 _KEYS = {
@@ -23,6 +23,7 @@ _KEYS = {
         "truncate",
     },
 }
+_MOST_STRETCHED = 1_000_000  # times; beyond that a factor is a mistake
 _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
@@ -75,7 +76,7 @@ def _settings(fields: Fields, name: str) -> dict[str, Any]:
     if unknown and kind != "default":
         raise ValueError(f"config.json: {name} key '{unknown[0]}' is not supported for type {kind!r}")
     for key in sorted(settings.keys() & (_KEYS[kind] | {"rope_theta"})):
-        if not isinstance(settings[key], int | float):
+        if not is_number(settings[key]) and not (key == "truncate" and isinstance(settings[key], bool)):
             raise ValueError(f"config.json: {name} key '{key}' must be a number, not {settings[key]!r}")
     if settings.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(
@@ -112,14 +113,18 @@ def _scaling(settings: dict[str, Any], max_positions: int, original: int | None)
     factor = settings.get("factor")
     if factor is None and kind == "yarn" and original:
         factor = max_positions / original
-    if not isinstance(factor, int | float) or factor < 1:
-        raise ValueError(f"config.json: rope type {kind!r} needs a factor of at least 1, not {factor!r}")
+    if not isinstance(factor, int | float) or not 1 <= factor <= _MOST_STRETCHED:
+        raise ValueError(
+            f"config.json: rope type {kind!r} needs a factor of at least 1 (at most {_MOST_STRETCHED}), not {factor!r}"
+        )
     factor = float(factor)
     if kind == "linear":
         return RopeScaling(kind, factor)
     if kind == "dynamic":
         return RopeScaling(kind, factor, original_max_positions=max_positions)
     original = int(original or max_positions)
+    if original < 1:
+        raise ValueError(f"config.json: 'original_max_position_embeddings' must be above 0, not {original}")
     if kind == "llama3":
         low, high = (settings.get(name) for name in ("low_freq_factor", "high_freq_factor"))
         if low is None or high is None or low >= high:

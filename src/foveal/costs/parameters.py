@@ -7,6 +7,7 @@ from foveal.config.model import Fp8Blocks, ModelConfig
 from foveal.costs.weights import PARTS, Part, Weight, model_weights
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "fp8", "int8", "int4")
+_RELEASED = {"float32": "float32", "float64": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
 _GROUP, _GROUP_BYTES = 32, 20
 """int4: 32 weights of a row in 16 bytes, with a scale and a lowest value in bfloat16."""
 
@@ -48,10 +49,14 @@ def _count(weights: Iterable[Weight]) -> ParameterCount:
 
 def released_dtype(config: ModelConfig) -> str:
     """The dtype of the checkpoint's matrices: fp8 where it says so, otherwise float32 or bfloat16 (float16 counts as
-    that: both take two bytes)."""
+    that: both take two bytes). ValueError for a dtype whose bytes are not known."""
     if config.fp8_blocks:
         return "fp8"
-    return "float32" if config.dtype in ("float32", "float64") else "bfloat16"
+    if config.dtype not in _RELEASED:
+        raise ValueError(
+            f"config.json: dtype {config.dtype!r} is not known (only {', '.join(_RELEASED)}): say --weights"
+        )
+    return _RELEASED[config.dtype]
 
 
 def weight_bytes(config: ModelConfig, dtype: str) -> int:

@@ -41,6 +41,7 @@ from foveal.costs.weights import Part
 
 PUBLISHED_CONTEXTS = (2000, 2300, 4000, 16000, 64000, 128000, 512000)
 """Context lengths at which the ratio of sparse to dense is usually stated."""
+_MOST = 1_000_000_000  # of tokens, sequences and devices: beyond, it is a slip of the keyboard
 
 
 @dataclass(frozen=True)
@@ -181,11 +182,16 @@ def make_plan(name: str, config: ModelConfig, request: Request) -> Plan:
 
 
 def _check(request: Request) -> None:
-    for name, value in (("context", request.context), ("batch", request.batch), ("devices", request.devices)):
+    for name, value in (
+        ("context", request.context),
+        ("batch", request.batch),
+        ("devices", request.devices),
+        ("page size", request.page_tokens),
+    ):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
-    if request.page_tokens < 1:
-        raise ValueError(f"page size must be at least 1 token, not {request.page_tokens}")
+        if value is not None and value > _MOST:
+            raise ValueError(f"{name} must be at most {_MOST}; what was given has {len(str(value))} digits")
     if request.price_per_hour is not None and not 0 <= request.price_per_hour < float("inf"):
         raise ValueError(f"price per hour must not be below 0, nor infinite: {request.price_per_hour}")
     if request.weight_dtype not in ("auto", *WEIGHT_DTYPES):

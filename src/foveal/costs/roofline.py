@@ -116,13 +116,14 @@ def expected_experts(experts: int, per_token: int, tokens: int) -> float:
 
 def expected_remote_devices(experts: int, per_token: int, devices: int) -> float:
     """Other devices that one token is sent to when experts are spread evenly over `devices` and chosen at random:
-    (N - 1) (1 - C(E - E/N, A) / C(E, A)), once a device however many of its experts are chosen. More devices than
-    experts: each expert is sliced, and a token goes to all slices. Routers that limit a token to some groups reach
-    fewer. ValueError where one number does not divide the other."""
+    (N - 1) (1 - C(E - E/N, A) / C(E, A)), once a device however many of its experts are chosen (the quotient as a
+    product, which stays small). More devices than experts: each expert is sliced, and a token goes to all slices.
+    Routers that limit a token to some groups reach fewer. ValueError where one number does not divide the other."""
     if not spreads_evenly(experts, devices):
         raise ValueError(f"{experts} experts cannot be spread evenly over {devices} devices")
     held = max(1, experts // devices)
-    return (devices - 1) * (1 - math.comb(experts - held, per_token) / math.comb(experts, per_token))
+    missed = math.prod((experts - held - chosen) / (experts - chosen) for chosen in range(per_token))
+    return (devices - 1) * (1 - max(0.0, missed))
 
 
 def spreads_evenly(experts: int, devices: int) -> bool:
@@ -148,12 +149,17 @@ def _step_time(setup: Setup, batch: int, queries: int, context: int) -> StepTime
     bandwidth, parts = device.bandwidth_bytes_per_second * setup.devices, dict[str, PartTime]()
     for part, count in macs.items():
         products, rest = count - core.get(part, 0), core.get(part, 0)
-        operations = products / device.rate(setup.compute_dtype) + rest / device.rate(_core_dtype(setup, part))
+        operations = products / device.rate(_product_dtype(setup, part)) + rest / device.rate(_core_dtype(setup, part))
         seconds = 2 * batch * operations / setup.devices
         parts[part] = PartTime(moved[part], batch * count, moved[part] / bandwidth, seconds)
     if exchange := _exchange(setup, batch * queries):
         parts["all_to_all"] = exchange
     return StepTime(batch, parts)
+
+
+def _product_dtype(setup: Setup, part: str) -> str:
+    """What weights are multiplied in: the head stays in bfloat16 where matrices are fp8 (`bytes_of`)."""
+    return "bfloat16" if part == "lm_head" and setup.compute_dtype == "fp8" else setup.compute_dtype
 
 
 def _core_dtype(setup: Setup, part: str) -> str:

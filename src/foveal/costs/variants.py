@@ -16,6 +16,7 @@ from foveal.config.model import (
 _KINDS = ("mha", "gqa:GROUPS", "mqa", "mla[:RANK]", "dsa[:TOPK]", "window:TOKENS")
 _LATENT_RANK, _LATENT_ROPE = 512, 64  # DeepSeek-V2's and V3's
 _TOPK, _INDEX_HEADS, _INDEX_DIM = 2048, 64, 128  # DeepSeek-V3.2's
+_MOST_DIGITS = 10
 _LEAST_ROPE = RopeConfig(_LATENT_ROPE, 10000.0)
 
 
@@ -46,7 +47,8 @@ def apply_variant(config: ModelConfig, variant: str) -> ModelConfig:
 def _parse(text: str) -> _Step:
     kind, colon, number = text.partition(":")
     takes = {"mha": "", "mqa": "", "gqa": "required", "window": "required", "mla": "optional", "dsa": "optional"}
-    known = kind in takes and (not colon or (number.isdecimal() and int(number) > 0))
+    digits = number.isascii() and number.isdecimal() and len(number) <= _MOST_DIGITS
+    known = kind in takes and (not colon or (digits and int(number) > 0))
     if not known or (takes[kind] == "" and colon) or (takes[kind] == "required" and not colon):
         raise ValueError(f"variant {text!r} is not known (only {', '.join(_KINDS)}, joined by +)")
     return _Step(kind, int(number) if colon else None)

@@ -41,7 +41,7 @@ class Detokenizer:
     @property
     def safe_text(self) -> str:
         """The text without an end that may turn out to begin a stop string."""
-        longest = max((_overlap(self._text, stop) for stop in self._stop), default=0)
+        longest = max((overlap(self._text, stop) for stop in self._stop), default=0)
         return self._text[: len(self._text) - longest]
 
     def append(self, token: int, *, may_stop: bool = True) -> str | None:
@@ -87,6 +87,6 @@ class Detokenizer:
         return stop
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that `stop` begins with."""
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)

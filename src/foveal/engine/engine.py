@@ -4,8 +4,11 @@ import logging
 from collections.abc import Sequence
 from typing import Protocol
 
+from torch import Tensor
+
 from foveal.cache import CacheManager, CacheUsage
 from foveal.engine.detokenize import Detokenizer
+from foveal.engine.guidance import Grammars
 from foveal.engine.outputs import FinishReason, RequestOutput
 from foveal.engine.request import Request, SequenceState, seeded_generator
 from foveal.engine.runner import Runner, StepLogits
@@ -52,6 +55,7 @@ class Engine:
         self._limit = max_model_len if longest is None else min(max_model_len, longest)
         self._eos_ids = frozenset(eos_ids)
         self._tokenizer = tokenizer
+        self._grammars = Grammars(tokenizer, vocab_size, eos_ids)
         self._sampler = Sampler(eos_ids, self._decode_token if tokenizer else None)
         self._seed = seed
         self._plain_rope = plain_rope
@@ -70,6 +74,16 @@ class Engine:
         return len(self._scheduler.running)
 
     @property
+    def waiting(self) -> int:
+        """How many sequences wait for pages or a seat."""
+        return len(self._scheduler.waiting)
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a prompt and its completion together, as the model and its cache have room for."""
+        return self._limit
+
+    @property
     def preemptions(self) -> int:
         """How often a sequence had to give up its pages and be computed again."""
         return self._scheduler.preemptions
@@ -80,8 +94,8 @@ class Engine:
         return self._manager.usage
 
     def check(self, request: Request) -> None:
-        """ValueError where the request asks for what cannot be: an unknown token, a stop string without a tokenizer, an
-        id that is taken."""
+        """ValueError where the request asks for what cannot be: an unknown token, a stop string without a tokenizer,
+        guidance that cannot be followed, an id that is taken."""
         params = request.params
         if request.id in self._requests:
             raise ValueError(f"request_id {request.id!r} is taken by a request that is not finished")
@@ -99,8 +113,11 @@ class Engine:
         for name, count in [("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)]:
             if count is not None and count > self._vocab_size:
                 raise ValueError(f"{name} = {count} is more than the model's {self._vocab_size} tokens")
-        if params.stop and self._tokenizer is None:
-            raise ValueError(f"stop = {params.stop!r} needs a tokenizer")
+        for name, asked_for in [("stop", params.stop), ("guidance", params.guidance)]:
+            if asked_for and self._tokenizer is None:
+                raise ValueError(f"{name} = {asked_for!r} needs a tokenizer")
+        if params.guidance:
+            self._grammars.guide(params.guidance)
 
     def add(self, request: Request) -> None:
         """Take a request. One that can never fit is answered with an error by the next `step`.
@@ -130,7 +147,8 @@ class Engine:
         """Compute one batch. Returns an output for every request that finished, and for every streamed one that has new
         tokens; each says all that there is so far.
 
-        Where the model fails, the requests of this batch end with an error and all others go on.
+        Where the model fails, the requests of this batch end with an error and all others go on; AssertionError if a
+        page was lost over it.
         """
         answered, self._rejected = self._rejected, []
         plan = self._scheduler.schedule()
@@ -142,6 +160,7 @@ class Engine:
                 failed = _requests([chunk.sequence for chunk in plan])
                 self._fail(failed, f"{type(error).__name__}: {error}")
                 answered += failed
+                self._manager.check()
         if not self._scheduler.running:
             self._manager.check_counts()
         return [request.output() for request in answered if request.finished or request.stream]
@@ -202,22 +221,39 @@ class Engine:
         """Give each sequence its next token, from its row of the step's logits."""
         all_rows = rows == list(range(len(step.logits_LV)))
         logits_LV = (step.logits_LV if all_rows else step.logits_LV[rows]).float()
-        broken = logits_LV.amax(dim=-1).isnan().tolist()
-        if any(broken):
-            failed = [sequence.request for sequence, bad in zip(sequences, broken, strict=True) if bad]
-            self._fail(failed, "the model computed NaN logits")
-            kept = [row for row, one in enumerate(sequences) if not one.finished]
+        allowed = self._allowed(logits_LV, sequences)
+        kept = [row for row, one in enumerate(sequences) if not one.finished]
+        if len(kept) < len(sequences):
             logits_LV, sequences = logits_LV[kept], [sequences[row] for row in kept]
-        tokens = self._sampler.sample(logits_LV, sequences)
+            rows = [rows[row] for row in kept]
+        tokens = self._sampler.sample(logits_LV, sequences, [allowed[row] for row in kept])
         for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
             if sequence.params.logprobs is not None:
                 (entry,) = self._sampler.logprobs(logits_LV[row : row + 1], [token], sequence.params.logprobs)
                 sequence.logprobs.append(entry)
                 sequence.cumulative_logprob += entry[token].logprob
+            if sequence.params.selection:
+                sequence.selections.append(step.selections[rows[row]])
             self._append(sequence, token)
+
+    def _allowed(self, logits_LV: Tensor, sequences: Sequence[SequenceState]) -> list[Tensor | None]:
+        """For each sequence the tokens to choose from, bool [V], or None: all. Ends requests that cannot go on."""
+        allowed: list[Tensor | None] = [None] * len(sequences)
+        for row, broken in enumerate(logits_LV.amax(dim=-1).isnan().tolist()):
+            sequence = sequences[row]
+            try:
+                if broken:
+                    raise ValueError("the model computed NaN logits")
+                if sequence.guide:
+                    allowed[row] = sequence.guide.allowed()
+            except ValueError as error:
+                self._fail([sequence.request], str(error))
+        return allowed
 
     def _append(self, sequence: SequenceState, token: int) -> None:
         sequence.tokens.append(token)
+        if sequence.guide:
+            sequence.guide.follow(sequence.output_ids)
         self._stop(sequence, token)
         if not sequence.finished:
             return
@@ -236,6 +272,8 @@ class Engine:
         elif detokenizer and (text := detokenizer.append(token, may_stop=may_stop)) is not None:
             sequence.finish("stop", text)
             return
+        elif sequence.guide and sequence.guide.complete:
+            sequence.finish("stop")
         elif sequence.output_length == params.max_tokens or len(sequence.tokens) == self._limit:
             sequence.finish("length")
         if sequence.finished and detokenizer:
@@ -245,15 +283,17 @@ class Engine:
         detokenizer = None
         if self._tokenizer is not None:
             detokenizer = Detokenizer(self._decode, request.prompt_ids, request.params.stop_strings)
+        params, guide = request.params, None
+        if params.guidance is not None:
+            guide = self._grammars.guide(params.guidance, ignore_eos=params.ignore_eos)
         generator = seeded_generator(seed, index)
-        return SequenceState(request, index, list(request.prompt_ids), generator, detokenizer)
+        return SequenceState(request, index, list(request.prompt_ids), generator, detokenizer, guide)
 
-    def _salt(self, request: Request) -> tuple[str, int] | None:
-        """What must be equal for prefixes to be shared."""
-        if self._plain_rope is not None:
-            # The keys of a prompt's tokens depend on its length.
-            return "prompt length", max(request.prompt_length, self._plain_rope)
-        return None
+    def _salt(self, request: Request) -> tuple[str | None, int | None]:
+        """What must be equal for prefixes to be shared: the caller's salt, and with `dynamic` rope the prompt's length,
+        on which the keys of its tokens depend."""
+        length = None if self._plain_rope is None else max(request.prompt_length, self._plain_rope)
+        return request.cache_salt, length
 
     def _reject(self, request: Request) -> None:
         request.error = (

@@ -7,17 +7,19 @@ from typing import Any
 
 import torch
 
-from foveal.cache import CacheManager, CacheUsage
+from foveal.cache import PAGE_SIZE, CacheManager, CacheUsage
 from foveal.cache.store import CacheStore, plan_cache
 from foveal.config import ModelConfig
 from foveal.config.model import GQAConfig, MLAConfig
 from foveal.engine.engine import Engine
+from foveal.engine.look import LayerSight, layer_sights, sparse_layers
 from foveal.engine.memory import CacheDemand, cache_pages
 from foveal.engine.outputs import RequestOutput
 from foveal.engine.params import SamplingParams
 from foveal.engine.request import Request
 from foveal.engine.runner import Runner
 from foveal.engine.scheduler import Scheduler
+from foveal.models.decoder import Decoder
 from foveal.models.load import dtype_name, generation_defaults, load_model
 from foveal.models.resolve import resolve_model
 from foveal.models.tokenizer import load_tokenizer
@@ -38,10 +40,12 @@ class LLM:
     >>> llm.generate("The capital of France is", SamplingParams(temperature=0))[0].outputs[0].text  # doctest: +SKIP
     ' Paris...'
 
-    `model` is a directory, a .gguf file, a Hub id or an alias. `dtype` (of the weights; "auto": the checkpoint's),
-    `kv_cache_dtype` (of latents) and `index_dtype` (of index keys) are names or torch dtypes; torch.float8_e4m3fn is
-    "fp8". `mla_form`: how latent attention is computed: "expanded", "absorbed", or "auto", the cheaper one for each
-    sequence. `quantization`: "int8" or "int4" rounds the weights while they are loaded; activations keep their dtype
+    `model` is a directory, a .gguf file, a Hub id or an alias; or a `Decoder`, which stays as it is: options of loading
+    (`dtype`, `device`, `index_dtype`, `mla_form`, `quantization`, `adapter`) are then not for here, and it needs its
+    `tokenizer` or `skip_tokenizer_init`. `dtype` (of the weights; "auto": the checkpoint's), `kv_cache_dtype` (of
+    latents) and `index_dtype` (of index keys) are names or torch dtypes; torch.float8_e4m3fn is "fp8". `mla_form`: how
+    latent attention is computed: "expanded", "absorbed", or "auto", the cheaper one for each sequence. `quantization`:
+    "int8" or "int4" rounds the weights while they are loaded; activations keep their dtype
     (CPU only; see `Decoder.quantise`). `adapter`: a directory with indexers for a dense model (`foveal train`).
     `max_model_len`: most tokens of a prompt and its completion (None: the model's). `max_num_seqs` sequences
     run at a time, and a step computes at most `max_num_batched_tokens` tokens. `kv_cache_memory`: bytes of the cache
@@ -56,7 +60,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | Decoder,
         *,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "cpu",
@@ -75,20 +79,26 @@ class LLM:
         tokenizer: Any = None,
         skip_tokenizer_init: bool = False,
     ) -> None:
-        path = resolve_model(str(model))
-        self.tokenizer = None if skip_tokenizer_init else tokenizer or _tokenizer(path)
         index_name = dtype_name(index_dtype)
-        decoder = load_model(
-            path,
-            dtype=dtype,
-            device=device,
-            index_dtype=index_name,
-            mla_form=mla_form,
-            quantization=quantization,
-            adapter=adapter,
-        )
-        if not enforce_eager:
-            decoder.pack()
+        loading: dict[str, Any] = {
+            "dtype": dtype,
+            "device": device,
+            "index_dtype": index_name,
+            "mla_form": mla_form,
+            "quantization": quantization,
+            "adapter": adapter,
+        }
+        if isinstance(model, Decoder):
+            _check_loaded(loading, tokenizer is not None or skip_tokenizer_init)
+            decoder, path = model, None
+            device, index_name = model.embed_tokens.weight.device, model.options.index_dtype
+        else:
+            path = resolve_model(str(model))
+            tokenizer = None if skip_tokenizer_init else tokenizer or _tokenizer(path)
+            decoder = load_model(path, **loading)
+            if not enforce_eager:
+                decoder.pack()
+        self.tokenizer = None if skip_tokenizer_init else tokenizer
         config = decoder.config
         length = _model_length(max_model_len, config.max_positions)
         plan = plan_cache(config, decoder.options.dtype, dtype_name(kv_cache_dtype), index_name)
@@ -104,7 +114,7 @@ class LLM:
             window=plan.window,
         )
         store = CacheStore(plan, pages, slots, device)
-        runner = Runner(decoder, store, manager, device=device)
+        runner = Runner(decoder, store, manager, device=device, sparse=sparse_layers(config))
         self.engine = Engine(
             runner,
             manager,
@@ -116,6 +126,7 @@ class LLM:
             seed=seed,
             plain_rope=_plain_rope(config),
         )
+        self._cache_plan = plan
         self._added = 0
         self._inbox: dict[str, deque[RequestOutput]] = {}
 
@@ -123,6 +134,19 @@ class LLM:
     def usage(self) -> CacheUsage:
         """How full the cache is."""
         return self.engine.usage
+
+    @property
+    def layer_sights(self) -> tuple[LayerSight, ...]:
+        """What each of the model's mixers can see."""
+        return layer_sights(self._cache_plan.config)
+
+    def cache_bytes(self, tokens: int) -> int:
+        """What the cache holds for one sequence of so many tokens, in whole pages."""
+        plan = self._cache_plan
+        pages = -(-tokens // PAGE_SIZE)
+        if plan.window is not None:
+            pages = min(pages, -(-plan.window // PAGE_SIZE) + 1)
+        return pages * plan.page_bytes + plan.slot_bytes
 
     def generate(
         self,
@@ -221,9 +245,10 @@ class LLM:
         return self.tokenizer
 
 
-def chat_prompt(tokenizer: Any, messages: Messages) -> dict[str, Any]:
-    """`LLM.chat_prompt` before there is an LLM. Raises ValueError where the tokenizer has no chat template."""
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+def chat_prompt(tokenizer: Any, messages: Messages, **variables: Any) -> dict[str, Any]:
+    """`LLM.chat_prompt` before there is an LLM; the template sees the `variables`. Raises ValueError where the
+    tokenizer has no chat template."""
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **variables)
     # The template has written the special tokens.
     return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
 
@@ -240,9 +265,19 @@ def _model_length(asked: int | None, most: int) -> int:
     return asked
 
 
-def _eos_ids(path: Path, config: ModelConfig) -> list[int]:
+def _check_loaded(loading: dict[str, Any], has_tokenizer: bool) -> None:
+    """Refuse what a model that is loaded already cannot be given any more."""
+    plain = {"dtype": "auto", "device": "cpu", "index_dtype": "auto", "mla_form": "auto"}
+    for name, value in loading.items():
+        if value != plain.get(name):
+            raise ValueError(f"{name} = {value!r} is for loading a model, and this one is loaded already")
+    if not has_tokenizer:
+        raise ValueError("a model that is loaded already needs its tokenizer, or skip_tokenizer_init = True")
+
+
+def _eos_ids(path: Path | None, config: ModelConfig) -> list[int]:
     """End-of-sequence ids of both config files; chat models often have more of them in generation_config.json."""
-    eos = generation_defaults(path).get("eos_token_id")
+    eos = None if path is None else generation_defaults(path).get("eos_token_id")
     more = eos if isinstance(eos, list) else [] if eos is None else [eos]
     return sorted({*config.eos_token_ids, *more})
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from foveal.engine.look import TokenSelection
+
 FinishReason = Literal["stop", "length", "error", "abort"]
 
 
@@ -23,8 +25,8 @@ Logprobs = dict[int, Logprob]
 class CompletionOutput:
     """One completion, from its first token to the latest.
 
-    `logprobs` has one entry a token, and `cumulative_logprob` is the sum over the tokens; both are None unless asked
-    for. `finish_reason` is None while it goes on, "stop" (end-of-sequence, a stop token or a stop string;
+    `logprobs` and `selection` have one entry a token, and `cumulative_logprob` is the sum over the tokens; all are None
+    unless asked for. `finish_reason` is None while it goes on, "stop" (end-of-sequence, a stop token or a stop string;
     `stop_reason` is None, the id or the string), "length", "error" or "abort".
     """
 
@@ -35,6 +37,7 @@ class CompletionOutput:
     logprobs: list[Logprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    selection: list[TokenSelection] | None = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from foveal.engine.guidance import Guidance
+
 _GREEDY_BELOW = 1e-5
 
 
@@ -51,6 +53,11 @@ class SamplingParams:
     They are of the model's own distribution: before bias, penalties and temperature."""
     prompt_logprobs: int | None = None
     """The same for each token of the prompt but the first."""
+    selection: bool = False
+    """For each token of the output, which earlier positions each sparse layer attended to, and its recall. Costs one
+    dense glance a token and layer."""
+    guidance: Guidance | None = None
+    """What the text must look like. It ends where nothing can follow, even with `ignore_eos`."""
 
     def __post_init__(self) -> None:
         self._check_whole("n", 1)
@@ -64,6 +71,7 @@ class SamplingParams:
         self._check_number("repetition_penalty", 0.0)
         self._check(self.repetition_penalty > 0, "repetition_penalty", "above 0")
         self._check(isinstance(self.ignore_eos, bool), "ignore_eos", "True or False")
+        self._check(isinstance(self.selection, bool), "selection", "True or False")
         self._check_whole("min_tokens", 0)
         self._check_whole("max_tokens", 1, optional=True)
         self._check(
@@ -76,6 +84,9 @@ class SamplingParams:
         self._check_whole("prompt_logprobs", 0, optional=True)
         self._check_logit_bias()
         self._check_stops()
+        self._check(self.guidance is None or isinstance(self.guidance, Guidance), "guidance", "a Guidance")
+        if self.guidance and self.min_tokens:
+            raise ValueError(f"min_tokens = {self.min_tokens} cannot be kept with guidance, which says when to end")
 
     @property
     def greedy(self) -> bool:

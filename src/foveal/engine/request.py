@@ -6,6 +6,8 @@ from hashlib import blake2b
 import torch
 
 from foveal.engine.detokenize import Detokenizer
+from foveal.engine.guidance import Guide
+from foveal.engine.look import TokenSelection
 from foveal.engine.outputs import CompletionOutput, FinishReason, Logprobs, RequestOutput
 from foveal.engine.params import SamplingParams
 from foveal.engine.penalties import TokenCounts
@@ -24,9 +26,11 @@ class SequenceState:
     tokens: list[int]
     generator: torch.Generator
     detokenizer: Detokenizer | None = None
+    guide: Guide | None = None
     computed: int = 0
     logprobs: list[Logprobs] = field(default_factory=list)
     cumulative_logprob: float = 0.0
+    selections: list[TokenSelection] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     counts: TokenCounts | None = None
@@ -77,6 +81,7 @@ class SequenceState:
             logprobs=list(self.logprobs) if wanted else None,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
+            selection=list(self.selections) if self.params.selection else None,
         )
 
     def _text(self) -> str:
@@ -89,8 +94,8 @@ class SequenceState:
 class Request:
     """What a caller asked for.
 
-    `stream`: give an output after every step that brings a token, not only at the end. The engine fills in
-    `sequences` when it takes the request.
+    `stream`: give an output after every step that brings a token, not only at the end. `cache_salt`: only requests with
+    an equal one share prefixes with it. The engine fills in `sequences` when it takes the request.
     """
 
     id: str
@@ -98,8 +103,9 @@ class Request:
     params: SamplingParams
     prompt: str | None = None
     stream: bool = False
+    cache_salt: str | None = None
     sequences: list[SequenceState] = field(default_factory=list)
-    salt: tuple[str, int] | None = None
+    salt: tuple[str | None, int | None] = (None, None)
     """Prefixes are shared only under equal salts; see `reusable`."""
     forked: bool = False
     """Whether the sequences after the first have left it."""

@@ -1,7 +1,7 @@
 """Runs one step of the model on what the scheduler planned."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from foveal.cache import CacheManager, Copies
+from foveal.engine.look import Recorder, TokenSelection
 from foveal.engine.scheduler import Chunk
 from foveal.nn.batch import Batch, StateSlots
+from foveal.nn.watch import Watch
 
 
 class StepOutput(Protocol):
@@ -20,12 +22,16 @@ class StepOutput(Protocol):
     def logits_LV(self) -> Tensor:
         """One row for each that the batch wanted."""
 
+    @property
+    def collected(self) -> Mapping[str, list[Any]]:
+        """What the batch asked to collect, by layer."""
+
 
 class Model(Protocol):
     """What the engine needs of a model: `foveal.models.Decoder`, or a double in tests."""
 
-    def step(self, batch: Batch, cache: Any) -> StepOutput:
-        """Compute the batch's tokens, reading and writing the cache."""
+    def step(self, batch: Batch, cache: Any, watch: Watch | None = None) -> StepOutput:
+        """Compute the batch's tokens, reading and writing the cache; `watch` is shown every block with an indexer."""
 
 
 class Store(Protocol):
@@ -45,6 +51,8 @@ class StepLogits:
 
     logits_LV: Tensor
     rows: list[range]
+    selections: dict[int, TokenSelection] = field(default_factory=dict)
+    """By row of the logits, for requests that asked."""
 
 
 class Runner:
@@ -57,7 +65,10 @@ class Runner:
         manager: CacheManager,
         *,
         device: torch.device | str = "cpu",
+        sparse: Sequence[bool] = (),
     ) -> None:
+        """`sparse`: for each sparse layer of the model, whether it has an indexer of its own."""
+        self._sparse = tuple(sparse)
         self._model = model
         self._store = store
         self._manager = manager
@@ -67,9 +78,15 @@ class Runner:
     def run(self, plan: Sequence[Chunk]) -> StepLogits:
         """Compute the plan's tokens; the logits that are needed to go on."""
         counts = [wanted_rows(chunk) for chunk in plan]
-        output = self._model.step(self._batch(plan, counts), self._store)
         rows = [range(start, stop) for start, stop in pairwise(accumulate(counts, initial=0))]
-        return StepLogits(output.logits_LV, rows)
+        looked_at = {end - 1: place for place, end in enumerate(_ends(plan)) if _wants_look(plan[place])}
+        if not looked_at:
+            return StepLogits(self._model.step(self._batch(plan, counts), self._store).logits_LV, rows)
+        batch = replace(self._batch(plan, counts), collect=frozenset({"selection"}))
+        recorder = Recorder(self._sparse, {row: plan[place].end for row, place in looked_at.items()})
+        output = self._model.step(batch, self._store, recorder.watch)
+        found = recorder.selections(output.collected)
+        return StepLogits(output.logits_LV, rows, {rows[looked_at[row]][-1]: one for row, one in found.items()})
 
     @torch.inference_mode()
     def copy(self, copies: Copies) -> None:
@@ -80,8 +97,7 @@ class Runner:
             self._store.copy_slots(copies.slots)
 
     def _batch(self, plan: Sequence[Chunk], counts: Sequence[int]) -> Batch:
-        ends = accumulate(chunk.count for chunk in plan)
-        wanted = [row for end, count in zip(ends, counts, strict=True) for row in range(end - count, end)]
+        wanted = [row for end, count in zip(_ends(plan), counts, strict=True) for row in range(end - count, end)]
         return Batch.paged(
             [chunk.sequence.tokens[chunk.start : chunk.end] for chunk in plan],
             [chunk.start for chunk in plan],
@@ -99,6 +115,15 @@ class Runner:
             return None
         assert len(slots) == len(plan)
         return StateSlots(slots, slots, tuple(chunk.start == 0 for chunk in plan))
+
+
+def _ends(plan: Sequence[Chunk]) -> list[int]:
+    """The batch row after each chunk's last."""
+    return list(accumulate(chunk.count for chunk in plan))
+
+
+def _wants_look(chunk: Chunk) -> bool:
+    return chunk.caught_up and chunk.sequence.params.selection
 
 
 def wanted_rows(chunk: Chunk) -> int:

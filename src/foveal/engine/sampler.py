@@ -1,8 +1,8 @@
 """From logits to the next tokens, and their log probabilities.
 
-The order is vLLM's: log probabilities of the model's own logits; then bias, `min_tokens` and penalties; temperature;
-min-p, top-k, top-p; and one draw. Every row is treated alone, in token order, and has a generator of its own: what a
-sequence gets does not depend on what else is in the batch. Legend: L rows of the step, V vocabulary.
+The order is vLLM's: log probabilities of the model's own logits; then bias, `min_tokens`, penalties and what guidance
+allows; temperature; min-p, top-k, top-p; and one draw. Every row is treated alone, in token order, and has a generator
+of its own: what a sequence gets does not depend on what else is in the batch. Legend: L rows of the step, V vocabulary.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -30,12 +30,23 @@ class Sampler:
         self._eos_ids = frozenset(eos_ids)
         self._decode_token = decode_token
 
-    def sample(self, logits_LV: Tensor, sequences: Sequence[SequenceState]) -> list[int]:
-        """The next token of each sequence from its row of logits (float32 [L, V], no NaN; unchanged)."""
-        if any(_changes_logits(sequence) for sequence in sequences):
+    def sample(
+        self,
+        logits_LV: Tensor,
+        sequences: Sequence[SequenceState],
+        allowed: Sequence[Tensor | None] | None = None,
+    ) -> list[int]:
+        """The next token of each sequence from its row of logits (float32 [L, V], no NaN; unchanged).
+
+        `allowed`: for each row the tokens to choose from, bool [V], or None: all.
+        """
+        allowed = allowed or [None] * len(sequences)
+        if any(one is not None for one in allowed) or any(_changes_logits(sequence) for sequence in sequences):
             logits_LV = logits_LV.clone()
-            for logits_V, sequence in zip(logits_LV, sequences, strict=True):
+            for logits_V, sequence, allowed_V in zip(logits_LV, sequences, allowed, strict=True):
                 self._process(logits_V, sequence)
+                if allowed_V is not None:
+                    logits_V.masked_fill_(~allowed_V.to(logits_V.device), -torch.inf)
         tokens_L = logits_LV.argmax(dim=-1)
         drawn = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
         if drawn:

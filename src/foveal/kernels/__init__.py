@@ -3,6 +3,7 @@
 from typing import Any
 
 from foveal.kernels import cpu as _cpu
+from foveal.kernels import gpu as _gpu
 from foveal.kernels import packed as _packed
 from foveal.kernels.activation import gated
 from foveal.kernels.dense import attention
@@ -13,6 +14,7 @@ from foveal.kernels.keys import Columns, Contexts, KeySource, OneHead, Queries, 
 from foveal.kernels.matmul import QUANTIZATIONS, QuantisedWeight, linear, pack_weight, quantise_weight
 from foveal.kernels.moe import experts
 from foveal.kernels.norm import add_rms_norm, rms_norm
+from foveal.kernels.packed import sparse_gradients
 from foveal.kernels.quantise import hadamard, quantise_e4m3, quantise_index
 from foveal.kernels.records import write_index_keys, write_latents
 from foveal.kernels.rope import apply_rope
@@ -49,12 +51,13 @@ __all__ = [
     "select",
     "selective_scan",
     "sparse_attention",
+    "sparse_gradients",
     "write_index_keys",
     "write_latents",
 ]
 
 
-del _cpu, _packed  # importing them registered the compiled versions, and those for training
+del _cpu, _gpu, _packed  # importing them registered the fast versions, and those for training
 
 
 def operations() -> tuple[Operation[..., Any], ...]:
@@ -62,4 +65,4 @@ def operations() -> tuple[Operation[..., Any], ...]:
     attentions = (attention, flash_forward, sparse_attention)
     products = (linear, *attentions, select, experts, causal_conv, selective_scan)
     stores = (quantise_index, write_index_keys, write_latents)
-    return (index_divergence, *products, *stores, rms_norm, add_rms_norm, apply_rope, gated)
+    return (index_divergence, sparse_gradients, *products, *stores, rms_norm, add_rms_norm, apply_rope, gated)

@@ -12,6 +12,14 @@ from torch import Tensor
 from foveal.config.formats import PAGE_SIZE
 
 
+def _copied(copies: dict[tuple[str, torch.device], Tensor], name: str, source: Tensor, device: torch.device) -> Tensor:
+    """What `source` is on a device: copied the first time, without waiting for it."""
+    if (name, device) not in copies:
+        pinned = source.pin_memory() if device.type == "cuda" else source
+        copies[name, device] = pinned.to(device, non_blocking=True)
+    return copies[name, device]
+
+
 @dataclass(frozen=True)
 class Queries:
     """Which packed rows are whose queries, and where they stand.
@@ -38,6 +46,23 @@ class Queries:
         """int64 [2 S + 1]: offsets, then positions, for kernels that take addresses."""
         return torch.tensor((*self.offsets, *self.positions), dtype=torch.int64)
 
+    def block_on(self, device: torch.device) -> Tensor:
+        """`block` on a device, copied once."""
+        return _copied(self._copies, "block", self.block, device)
+
+    def sequence_on(self, device: torch.device) -> Tensor:
+        """int32 [T] on a device, copied once: the sequence of each packed row."""
+        return _copied(self._copies, "sequence", self._sequence, device)
+
+    @cached_property
+    def _sequence(self) -> Tensor:
+        lengths_S = torch.tensor(self.lengths, dtype=torch.int64)
+        return torch.arange(len(lengths_S), dtype=torch.int32).repeat_interleave(lengths_S)
+
+    @cached_property
+    def _copies(self) -> dict[tuple[str, torch.device], Tensor]:
+        return {}
+
     @property
     def single(self) -> bool:
         """Every sequence has one query (a decode step)."""
@@ -59,6 +84,14 @@ class Contexts:
     def block(self) -> Tensor:
         """int64 [2 S]: lengths, then starts, for kernels that take addresses."""
         return torch.tensor((*self.lengths, *self.starts), dtype=torch.int64)
+
+    def block_on(self, device: torch.device) -> Tensor:
+        """`block` on a device, copied once."""
+        return _copied(self._copies, "block", self.block, device)
+
+    @cached_property
+    def _copies(self) -> dict[tuple[str, torch.device], Tensor]:
+        return {}
 
     @staticmethod
     def packed(lengths: Sequence[int]) -> "Contexts":

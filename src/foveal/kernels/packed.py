@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from foveal.kernels.dense import attention, widened
+from foveal.kernels.dispatch import operation
 from foveal.kernels.flash import flash_attention
 from foveal.kernels.keys import KeySource, Queries
 from foveal.kernels.sparse import TILE_GATHER, check_selection, sparse_attention
@@ -22,7 +23,7 @@ def rows_of(source: KeySource) -> Tensor:
     return source.records.read(slice(0, stop))
 
 
-def _learns(q_THP: Tensor, keys: KeySource, values: KeySource) -> bool:
+def learns(q_THP: Tensor, keys: KeySource, values: KeySource) -> bool:
     """Whether gradients are wanted, of packed rows."""
     if not torch.is_grad_enabled() or keys.contexts.table_SB is not None:
         return False
@@ -40,7 +41,7 @@ def _accepts_dense(
     sinks: int = 0,
     selection_TK: Tensor | None = None,
 ) -> bool:
-    return selection_TK is None and _learns(q_THP, keys, values)
+    return selection_TK is None and learns(q_THP, keys, values)
 
 
 @attention.add("recomputed", differentiable=True, accepts=_accepts_dense)
@@ -82,7 +83,7 @@ def _whole(q_NHP: Tensor, k_NGP: Tensor, v_NGV: Tensor, scale: float) -> Tensor:
 def _accepts_sparse(
     q_THP: Tensor, keys: KeySource, values: KeySource, selection_TK: Tensor, queries: Queries, *, scale: float
 ) -> bool:
-    return _learns(q_THP, keys, values)
+    return learns(q_THP, keys, values)
 
 
 @sparse_attention.add("recomputed", differentiable=True, accepts=_accepts_sparse)
@@ -133,23 +134,36 @@ class _SparseAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out_THV: Tensor) -> tuple[Tensor | None, ...]:
         q_THP, k_RGP, v_RGV, out_THV, rows_TK = ctx.saved_tensors
-        groups, row_numbers = k_RGP.shape[1], k_RGP[0].numel() + v_RGV[0].numel()
-        d_q_THP = torch.empty_like(q_THP)
-        d_k_RX, d_v_RX = (widened(x.new_zeros(x.shape)).flatten(1) for x in (k_RGP, v_RGV))
-        for rows, rows_tK, missing_tK in gather_tiles(rows_TK, row_numbers):
-            k_tGKP, v_tGKV = (widened(x[rows_tK].transpose(1, 2)) for x in (k_RGP, v_RGV))
-            q_tGhP, d_out_tGhV, out_tGhV = (
-                widened(x[rows].unflatten(1, (groups, -1))) for x in (q_THP, d_out_THV, out_THV)
-            )
-            scores_tGhK = q_tGhP @ k_tGKP.mT * ctx.scale
-            # A query that sees nothing has weights 0 (its softmax would be NaN).
-            scores_tGhK = scores_tGhK.masked_fill(missing_tK[:, None, None], float("-inf"))
-            weights_tGhK = scores_tGhK.softmax(-1).masked_fill(missing_tK[:, None, None], 0.0)
-            share_tGh1 = (d_out_tGhV * out_tGhV).sum(-1, keepdim=True)
-            d_scores_tGhK = weights_tGhK * (d_out_tGhV @ v_tGKV.mT - share_tGh1) * ctx.scale
-            d_q_THP[rows] = (d_scores_tGhK @ k_tGKP).flatten(1, 2).to(q_THP.dtype)
-            rows_X = rows_tK.flatten()
-            d_k_RX.index_add_(0, rows_X, (d_scores_tGhK.mT @ q_tGhP).transpose(1, 2).flatten(2).flatten(0, 1))
-            d_v_RX.index_add_(0, rows_X, (weights_tGhK.mT @ d_out_tGhV).transpose(1, 2).flatten(2).flatten(0, 1))
-        d_k_RGP, d_v_RGV = (d.view(x.shape).to(x.dtype) for d, x in ((d_k_RX, k_RGP), (d_v_RX, v_RGV)))
-        return d_q_THP, d_k_RGP, d_v_RGV, None, None, None
+        gradients = sparse_gradients(q_THP, k_RGP, v_RGV, out_THV, d_out_THV, rows_TK, scale=ctx.scale)
+        return (*gradients, None, None, None)
+
+
+@operation(differentiable=False)
+def sparse_gradients(
+    q_THP: Tensor, k_RGP: Tensor, v_RGV: Tensor, out_THV: Tensor, d_out_THV: Tensor, rows_TK: Tensor, *, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, keys and values of attention over selected packed rows, from those of its result.
+
+    q_THP: [T, H, P]; k_RGP and v_RGV: rows [G, P] and [G, V]; out_THV and d_out_THV: the result and its gradient;
+    rows_TK: int64, -1 = none. Each in its tensor's dtype. Rows that nothing selects have 0.
+    """
+    groups, row_numbers = k_RGP.shape[1], k_RGP[0].numel() + v_RGV[0].numel()
+    d_q_THP = torch.empty_like(q_THP)
+    d_k_RX, d_v_RX = (widened(x.new_zeros(x.shape)).flatten(1) for x in (k_RGP, v_RGV))
+    for rows, rows_tK, missing_tK in gather_tiles(rows_TK, row_numbers):
+        k_tGKP, v_tGKV = (widened(x[rows_tK].transpose(1, 2)) for x in (k_RGP, v_RGV))
+        q_tGhP, d_out_tGhV, out_tGhV = (
+            widened(x[rows].unflatten(1, (groups, -1))) for x in (q_THP, d_out_THV, out_THV)
+        )
+        scores_tGhK = q_tGhP @ k_tGKP.mT * scale
+        # A query that sees nothing has weights 0 (its softmax would be NaN).
+        scores_tGhK = scores_tGhK.masked_fill(missing_tK[:, None, None], float("-inf"))
+        weights_tGhK = scores_tGhK.softmax(-1).masked_fill(missing_tK[:, None, None], 0.0)
+        share_tGh1 = (d_out_tGhV * out_tGhV).sum(-1, keepdim=True)
+        d_scores_tGhK = weights_tGhK * (d_out_tGhV @ v_tGKV.mT - share_tGh1) * scale
+        d_q_THP[rows] = (d_scores_tGhK @ k_tGKP).flatten(1, 2).to(q_THP.dtype)
+        rows_X = rows_tK.flatten()
+        d_k_RX.index_add_(0, rows_X, (d_scores_tGhK.mT @ q_tGhP).transpose(1, 2).flatten(2).flatten(0, 1))
+        d_v_RX.index_add_(0, rows_X, (weights_tGhK.mT @ d_out_tGhV).transpose(1, 2).flatten(2).flatten(0, 1))
+    d_k_RGP, d_v_RGV = (d.view(x.shape).to(x.dtype) for d, x in ((d_k_RX, k_RGP), (d_v_RX, v_RGV)))
+    return d_q_THP, d_k_RGP, d_v_RGV

@@ -25,6 +25,7 @@ from foveal.nn.mla import MLA
 from foveal.nn.mlp import MLP
 from foveal.nn.moe import Experts, MoE
 from foveal.nn.norm import RMSNorm
+from foveal.nn.selectors import Selector
 from foveal.nn.step import Step
 from foveal.nn.watch import Sight, Watch
 
@@ -112,6 +113,15 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear | Experts):
                 module.pack()
+        self.fuse()
+
+    @property
+    def fused(self) -> bool:
+        """Whether steps of few tokens run neighbouring blocks as one call."""
+        return bool(self._parts)
+
+    def fuse(self) -> None:
+        """Let them, wherever blocks can; to be called again when a block of a fused decoder has changed."""
         layers = [[block for block in layer.modules() if isinstance(block, Block)] for layer in self.layers]
         self._parts = fuse([[(block, block.fused()) for block in blocks] for blocks in layers])
 
@@ -159,7 +169,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=options.dtype)
         self.operation = _operation(block, config, options)
-        self.indexer = _indexer(block, config, options) if block.indexer else None
+        self.indexer: Indexer | Selector | None = _indexer(block, config, options) if block.indexer else None
         self.sparse = block.indexer is not None or block.shared_selection
 
     def fused(self) -> AnyBlock | None:

@@ -1,7 +1,8 @@
 """Tokenizers: transformers reads a directory's; a GGUF file's is built from its metadata."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,45 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     alone = Path(path).expanduser()
     found = alone if (alone / "tokenizer.json").is_file() else resolve_model(str(path))
     return _from_gguf(found) if found.is_file() else _from_directory(found)
+
+
+def token_bytes(tokenizer: "PreTrainedTokenizerBase") -> Callable[[int], bytes]:
+    """A function from a token id to what the token stands for in UTF-8, maybe half a character; b"" for an unknown id.
+
+    Decoding a token alone would not do: half a character comes out as a replacement character, and a leading space may
+    get lost.
+    """
+    added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
+    kinds = str(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
+    read = _byte_level_piece if "ByteLevel" in kinds else _fallback_piece
+
+    def to_bytes(token: int) -> bytes:
+        if token in added:
+            return added[token].encode()
+        piece = tokenizer.convert_ids_to_tokens(token)
+        return read(piece) if isinstance(piece, str) else b""
+
+    return to_bytes
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's letters for bytes: printable Latin-1 stands for itself, the others follow from code point 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()
+
+
+def _byte_level_piece(piece: str) -> bytes:
+    return bytes(_BYTES[letter] for letter in piece if letter in _BYTES)
+
+
+def _fallback_piece(piece: str) -> bytes:
+    """SentencePiece: a byte by its number, or text with its spaces as U+2581."""
+    byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece)
+    return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
 
 
 def _from_directory(directory: Path) -> "PreTrainedTokenizerBase":

@@ -95,6 +95,7 @@ class RunSettings:
     keep_checkpoints: int = key("older ones are deleted", 2, at_least=1)
     evaluate_every: int = key("steps between evaluations on held-out text; 0: at the end of each stage alone", 0)
     evaluate_tokens: int = key("held-out tokens of an evaluation; 0: none", 65536, at_least=0)
+    passkey_lengths: tuple[int, ...] = key("lengths, in tokens, of passkey tasks at each evaluation", (), at_least=1)
     sample: str | None = key("a prompt to continue at each evaluation", None)
     tensorboard: bool = key("write TensorBoard logs as well (extra train)", False)
 

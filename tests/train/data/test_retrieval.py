@@ -1,5 +1,6 @@
 """Made-up documents: exact lengths, and answers that the document does tell."""
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -48,10 +49,9 @@ def test_the_passkey_is_asked_for_at_the_end(tokenizer: PreTrainedTokenizerBase)
     for number in range(30):
         for ids in source.row(number).sequences:
             text = tokenizer.decode(ids)
-            needle = text.index("The pass key is ")
-            value = text[needle + 16 : needle + 21]
-            assert value.isdecimal() and text.endswith(f"The pass key is {value}.<|endoftext|>")
-            depths.append(needle / len(text))
+            needle = re.search(r"The pass key is (\d{5,7})\.|for \w+[ -]\w+ is: (\d{5,7})\.", text)
+            assert needle and text.endswith(f" is {needle[1] or needle[2]}.<|endoftext|>")
+            depths.append(needle.start() / len(text))
     assert min(depths) < 0.35 and max(depths) > 0.65
 
 

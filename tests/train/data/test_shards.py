@@ -101,8 +101,9 @@ def test_a_full_disk_leaves_nothing_half_done(tmp_path: Path, tokenizer: PreTrai
     """The error says so, and once there is room the build succeeds."""
     (tmp_path / "a.txt").write_text("the quick brown fox " * 40_000)
     source, cache = TextSettings((tmp_path / "a.txt",)), tmp_path / "cache"
-    with largest_file(100_000), pytest.raises(OSError, match="too large"):
+    with largest_file(100_000), pytest.raises(OSError, match="too large") as caught:
         open_shard(source, Encoder(tokenizer), cache, "a")
+    assert str(caught.value.filename).startswith(str(cache))
     assert not built(cache)
     assert len(open_shard(source, Encoder(tokenizer), cache, "a").tokens) > 100_000
 

@@ -1,6 +1,7 @@
 """Trained tokenizers, and what data asks of any tokenizer."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -34,6 +35,13 @@ def test_digits_stand_alone(folder: Path) -> None:
     loaded = load_tokenizer(folder)
     assert [loaded.decode([i]) for i in loaded.encode("1984")] == ["1", "9", "8", "4"]
     assert not [token for token in loaded.get_vocab() if len(token) > 1 and any(c.isdigit() for c in token)]
+
+
+@pytest.mark.parametrize("wrong", [{"vocab_size": 258}, {"special_tokens": ()}, {"special_tokens": ("<a>", "<a>")}])
+def test_settings_that_cannot_be_met(wrong: dict[str, Any]) -> None:
+    """Every byte and every special token needs an id, and documents need an end."""
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        TokenizerSettings(**wrong)
 
 
 def test_training_happens_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

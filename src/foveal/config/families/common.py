@@ -254,7 +254,7 @@ def sparse_feed_forwards(fields: Fields, expert_config: MoEConfig) -> list[FeedF
 def sparse_attention_model(fields: Fields, *, interleaved_index: bool) -> ModelConfig:
     """DeepSeek-V3.2 and its descendants: MLA with an indexer, or a shared selection, in every layer."""
     fields.expect("rope_interleave", True)
-    if set(fields.names("layer_types")) - {"indexed_attention"}:
+    if set(fields.names("layer_types")) - {"indexed_attention", "deepseek_sparse_attention"}:  # the latter: older files
         raise ValueError(f"config.json: 'layer_types' = {fields.raw['layer_types']} is not supported")
     attention = mla(fields)
     own = indexer(fields, attention, interleaved=interleaved_index)

@@ -134,6 +134,7 @@ def building(target: Path) -> Iterator[Path | None]:
     """A folder to fill, which becomes `target` when all went well; None where `target` is already there.
 
     One process builds; others wait for it. What was killed leaves nothing that could be taken for whole.
+    OSError, with the file's or the target's name, where it cannot be written.
     """
     if target.is_dir():
         yield None
@@ -144,5 +145,10 @@ def building(target: Path) -> Iterator[Path | None]:
         if target.is_dir():
             yield None
             return
-        with replacing(target) as folder:
-            yield folder
+        try:
+            with replacing(target) as folder:
+                yield folder
+        except OSError as error:
+            if error.filename is None:  # a full disk does not say which
+                raise OSError(error.errno, error.strerror, str(target)) from None
+            raise

@@ -18,7 +18,7 @@ from foveal.train.data.tokenizer import Encoder
 
 T = TypeVar("T")
 
-VERSION = 1
+VERSION = 2
 """Counts changes of the documents made: streams of other versions are not continued."""
 
 _ADJECTIVES, _NOUNS, _VERBS = words.ADJECTIVES.split(), words.NOUNS.split(), words.VERBS.split()
@@ -30,6 +30,9 @@ class _Snippet:
     ids: list[int]
     answers: list[bool]
     """Which ids the document so far tells."""
+
+    def __add__(self, other: "_Snippet") -> "_Snippet":
+        return _Snippet(self.ids + other.ids, self.answers + other.answers)
 
 
 @dataclass
@@ -43,6 +46,10 @@ class _Draft:
     size: int
     """Tokens of everything so far, the end token included."""
     events: list[tuple[float, _Snippet]] = field(default_factory=list)
+
+    def close(self, question: _Snippet) -> None:
+        self.closing += question
+        self.size += len(question.ids)
 
     def add(self, events: Iterable[tuple[float, _Snippet]]) -> None:
         for event in events:
@@ -166,15 +173,17 @@ class RetrievalRows:
         return place + int(near[0]) if len(near) else place
 
     def _passkey(self, dice: Random, length: int) -> _Draft:
-        needle, question = words.PASSKEY
-        fact = {"value": _number(dice, 5)}
-        draft = self._draft(dice, words.PASSKEY_OPENING, question, fact)
-        draft.add([(dice.random(), self._snippet(draft.joint + needle, fact, told=False))])
+        """One fact, asked for at the end."""
+        form, opening = _pick(dice, ((words.PASSKEY, words.PASSKEY_OPENING), (words.MAGIC, words.MAGIC_OPENING)))
+        fact = {**next(_facts(dice, "number")), "value": _number(dice, 5 + 2 * _below(dice, 2))}
+        draft = self._draft(dice, opening, form, fact)
+        draft.close(self._snippet(draft.joint + form[1], fact))
         return draft
 
     def _multikey(self, dice: Random, length: int) -> _Draft:
-        """A few facts far apart, some of them asked for on the way."""
-        return self._facts(dice, length, _pick(dice, words.MULTIKEY), room=length / 4, most=16, asked=0.5)
+        """Facts far apart, some of them asked for on the way."""
+        form, most = _pick(dice, words.MULTIKEY), max(16, length // 64)
+        return self._facts(dice, length, form, room=length / 4, most=most, asked=0.5)
 
     def _recall(self, dice: Random, length: int) -> _Draft:
         """A table of pairs, up to most of the document, with questions in between."""
@@ -184,20 +193,28 @@ class RetrievalRows:
     def _facts(
         self, dice: Random, length: int, form: tuple[str, str], *, room: float, most: int, asked: float
     ) -> _Draft:
-        """Facts of one form about different keys, as many as there is room for; the last question is about one."""
+        """Facts of one form about different keys, as many as there is room for; up to 8 are asked for at the end."""
         needle, question = form
         facts = _facts(dice, "uuid" if form is words.MAGIC and dice.random() < 0.2 else "number")
-        fact = next(facts)
-        draft = self._draft(dice, words.MAGIC_OPENING if form is words.MAGIC else "", question, fact)
-        draft.add([(dice.random(), self._snippet(draft.joint + needle, fact, told=False))])
+        told = [next(facts)]
+        draft = self._draft(dice, words.MAGIC_OPENING if form is words.MAGIC else "", form, told[0])
+        last = self._snippet(draft.joint + question, told[0])
+        room = min(room, length) - len(last.ids)
         for fact in islice(facts, 1 + _below(dice, most - 1)):
             moment = dice.random()
             events = [(moment, self._snippet(draft.joint + needle, fact, told=False))]
             if dice.random() < asked:
                 events.append((moment + (1 - moment) * dice.random(), self._snippet(draft.joint + question, fact)))
-            if draft.size + sum(len(snippet.ids) for _, snippet in events) > min(room, length):
+            if draft.size + sum(len(snippet.ids) for _, snippet in events) > room:
                 break
             draft.add(events)
+            told.append(fact)
+        for fact in told[1 : 1 + _below(dice, 8)]:
+            asked_again = self._snippet(draft.joint + question, fact)
+            if draft.size + len(asked_again.ids) > room:
+                break
+            draft.close(asked_again)
+        draft.close(last)
         return draft
 
     def _copy(self, dice: Random, length: int) -> _Draft:
@@ -212,11 +229,13 @@ class RetrievalRows:
         draft.add([(dice.random(), first)])
         return draft
 
-    def _draft(self, dice: Random, opening: str, question: str, fact: dict[str, str]) -> _Draft:
+    def _draft(self, dice: Random, opening: str, form: tuple[str, str], fact: dict[str, str]) -> _Draft:
+        """A document that says one fact somewhere."""
         joint = _pick(dice, (" ", "\n"))
         ids = self._encoder.snippet(opening.format(**fact))[0] if opening else []
-        closing = self._snippet(joint + question, fact)
-        return _Draft(joint, _Snippet(ids, [False] * len(ids)), closing, len(ids) + len(closing.ids) + 1)
+        draft = _Draft(joint, _Snippet(ids, [False] * len(ids)), _Snippet([], []), len(ids) + 1)
+        draft.add([(dice.random(), self._snippet(joint + form[0], fact, told=False))])
+        return draft
 
     def _snippet(self, form: str, fact: dict[str, str], told: bool = True) -> _Snippet:
         """A form filled in; `told`: its last value is known by now."""

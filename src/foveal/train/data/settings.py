@@ -25,6 +25,10 @@ class TokenizerSettings:
     def __post_init__(self) -> None:
         if not self.special_tokens or len(set(self.special_tokens)) < len(self.special_tokens):
             raise ValueError(f"special_tokens = {list(self.special_tokens)!r}: expected at least one, each once")
+        if self.vocab_size < 256 + len(self.special_tokens):
+            raise ValueError(
+                f"vocab_size = {self.vocab_size}: there are 256 bytes and {len(self.special_tokens)} special tokens"
+            )
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,3 @@ class DataSettings:
         texts = (source.name or f"text{i}" for i, source in enumerate(self.text))
         made_up = (source.name or f"retrieval{i}" for i, source in enumerate(self.retrieval))
         return (*texts, *made_up)
-
-    @property
-    def weights(self) -> tuple[float, ...]:
-        """Each source's weight, in the order of `names`."""
-        return (*(source.weight for source in self.text), *(source.weight for source in self.retrieval))

@@ -1,0 +1,1 @@
+"""Is a model still good, and does it look where it matters: perplexity, retrieval, quality of selections."""

@@ -1,0 +1,8 @@
+"""The GPU kernels (Triton): version "triton" of the operations, for CUDA devices from SM80 on (docs/gpu.md).
+
+Importing this room registers them; Triton itself is imported when one first runs. Without Triton there are none.
+"""
+
+from foveal.kernels.gpu import attention, quantise, selection, training
+
+__all__ = ["attention", "quantise", "selection", "training"]

@@ -1,0 +1,89 @@
+"""Device functions that several kernels share: places of rows, e4m3 by its bits, running softmax."""
+
+import triton
+import triton.language as tl
+
+PAGE_SIZE = tl.constexpr(64)
+LATENT_BLOCK = tl.constexpr(128)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def row_of(position, seen, start, table_row, PAGED: tl.constexpr):
+    """int64 rows of positions of one sequence; only of those that are `seen` is the page table read."""
+    if PAGED:
+        page = tl.load(table_row + position // PAGE_SIZE, mask=seen, other=0)
+        return page * PAGE_SIZE + position % PAGE_SIZE
+    return start + position
+
+
+@triton.jit
+def decode_e4m3(bits):
+    """float32 of e4m3 bytes (uint8), exactly, by moving the bits into a float16: every card and the interpreter can."""
+    wide = bits.to(tl.int16)
+    half = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
+    return half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+
+
+@triton.jit
+def e4m3_values(bits, NATIVE: tl.constexpr):
+    """float32 of e4m3 bytes, by the card's own conversion where it has one."""
+    if NATIVE:
+        return bits.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    return decode_e4m3(bits)
+
+
+@triton.jit
+def encode_e4m3(x):
+    """e4m3 bytes (uint8) of float32 numbers within +-448, to the nearest, ties to even.
+
+    In integers, because cards before SM89 cannot, and the interpreter loses carries.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    sign = (bits >> 24) & 0x80
+    magnitude = bits & 0x7FFFFFFF
+    # Below 2^-6 the step is 2^-9, which is that of float32 at 2^14: adding it rounds, ties to even.
+    small = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    rounded = magnitude + 0x7FFFF + ((magnitude >> 20) & 1)
+    normal = (rounded >> 20) - (120 << 3)
+    return (sign | tl.where(magnitude < 0x3C800000, small, normal)).to(tl.uint8)
+
+
+@triton.jit
+def bfloat16_bits(x):
+    """The bits (int16) of float32 numbers as bfloat16, to the nearest, ties to even (the interpreter truncates)."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
+
+
+@triton.jit
+def power_of_two_scale(amax):
+    """The smallest power of two s with max(amax, 1e-4) / s <= 448, from the bits: 448 is 1.75 * 2^8."""
+    bits = tl.maximum(amax, 1e-4).to(tl.int32, bitcast=True)
+    above = ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
+    return (((bits >> 23) - 8 + above) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def inverse_power_of_two(scale):
+    """1 / scale, exactly, of normal powers of two."""
+    return ((254 << 23) - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def softmax_step(scores_MN, most_M, total_M):
+    """One step of a running softmax to base 2 over masked scores (-inf): weights, the factor of what was summed before,
+    and the maximum and total brought up to date."""
+    new_M = tl.maximum(most_M, tl.max(scores_MN, 1))
+    finite_M = tl.where(new_M == float("-inf"), 0.0, new_M)
+    weights_MN = tl.exp2(scores_MN - finite_M[:, None])
+    fade_M = tl.exp2(most_M - finite_M)
+    return weights_MN, fade_M, new_M, total_M * fade_M + tl.sum(weights_MN, 1)
+
+
+@triton.jit
+def share_of(length, split, splits, BLOCK: tl.constexpr):
+    """First and last (exclusive) of the keys of one split of `length` keys, cut at whole blocks."""
+    chunk = tl.cdiv(tl.cdiv(length, BLOCK), splits) * BLOCK
+    begin = split * chunk
+    return begin, tl.minimum(begin + chunk, length)

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP service and its page. Needs the extra `serve`."""

@@ -1,0 +1,80 @@
+"""The Triton kernels for training, interpreted: gradients against those of the references."""
+
+import pytest
+import torch
+from packing import make_queries, random_selection
+
+from foveal.kernels import Contexts, KeySource, Rows, index_divergence, sparse_attention
+from foveal.kernels.gpu.launch import Choice, Tiles
+from foveal.kernels.gpu.places import places
+from foveal.kernels.gpu.sparse_backward import sparse_backward
+from foveal.kernels.gpu.training import _Divergence
+from foveal.kernels.gpu.warmup import Gaze, warmup_divergence
+from foveal.kernels.packed import packed_rows
+
+
+@pytest.mark.parametrize(("heads", "groups", "width", "value_width"), [(6, 2, 12, 5), (18, 1, 40, 33)])
+def test_sparse_backward(heads: int, groups: int, width: int, value_width: int) -> None:
+    """A part of the keys' numbers left out, rows that several queries select, another group's heads; a query that
+    selects nothing."""
+    torch.manual_seed(0)
+    counts, lengths = [2, 3], [9, 30]
+    q = torch.randn(5, heads, width, requires_grad=True)
+    k, v = (torch.randn(39, groups, size, requires_grad=True) for size in (width, value_width))
+    contexts, queries = Contexts.packed(lengths), make_queries(counts, lengths)
+    keys, values = KeySource(Rows(k), contexts), KeySource(Rows(v), contexts)
+    selection = random_selection(counts, lengths, 20)
+    selection[1] = -1
+    out = sparse_attention(q, keys, values, selection, queries, scale=0.3, version="torch")
+    d_out = torch.randn_like(out)
+    out.backward(d_out)
+    rows, choice = packed_rows(selection, keys, queries), Choice(Tiles(16, 16, 4, 1))
+    learned = (x.detach() for x in (q, k, v, out))
+    launch, *gradients = sparse_backward(*learned, d_out, rows, scale=0.3, choice=choice)
+    launch.run()
+    for gradient, x in zip(gradients, (q, k, v), strict=True):
+        torch.testing.assert_close(gradient, x.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "groups", "width", "index_heads", "size"), [(2, 1, 70, 3, 10), (4, 2, 8, 1, 16)])
+def test_warmup(heads: int, groups: int, width: int, index_heads: int, size: int) -> None:
+    """A sum over keys that misses a block, a tile or a head; the future or another sequence seen; an empty sequence;
+    token weights left out; gradients that do not add up over blocks of keys."""
+    torch.manual_seed(1)
+    lengths = [19, 0, 5]
+    tokens, contexts, queries = 24, Contexts.packed(lengths), make_queries(lengths, lengths)
+    q_index, weights, k_index = (
+        torch.randn(tokens, *shape, requires_grad=True) for shape in ((index_heads, size), (index_heads,), (size,))
+    )
+    q, k, token_weights = torch.randn(tokens, heads, width), torch.randn(tokens, groups, width), torch.rand(tokens)
+    looking = (KeySource(Rows(k_index), contexts), q, KeySource(Rows(k), contexts), queries, token_weights)
+    loss, each = index_divergence(q_index, weights, *looking, scale=0.3, version="reference")
+    loss.backward()
+    where, gaze = places(queries, contexts, tokens, q.device), Gaze(q, k, 0.3)
+    learned = (q_index, weights, k_index)
+    detached = [x.detach() for x in learned]
+    result = warmup_divergence(*detached, gaze, token_weights, where, 19).run()
+    torch.testing.assert_close(result.divergence_T, each, atol=2e-5, rtol=1e-5)
+    for gradient, x in zip((result.d_q_TIJ, result.d_weights_TI, result.d_k_RJ), learned, strict=True):
+        torch.testing.assert_close(gradient, x.grad, atol=2e-5, rtol=1e-5)
+
+
+def test_the_loss_is_differentiable() -> None:
+    """A loss or gradients that are not scaled by what follows."""
+    torch.manual_seed(2)
+    contexts, queries = Contexts.packed([5]), make_queries([5], [5])
+    learned = [torch.randn(5, 2, 4), torch.randn(5, 2), torch.randn(5, 4)]
+    q, k, token_weights = torch.randn(5, 2, 6), torch.randn(5, 1, 6), torch.ones(5)
+    found = []
+    for triton in (True, False):
+        q_index, weights, k_index = inputs = [x.clone().requires_grad_() for x in learned]
+        if triton:
+            where = places(queries, contexts, 5, q.device)
+            loss, _ = _Divergence.apply(*inputs, token_weights, Gaze(q, k, 0.3), where, 5)
+        else:
+            sources = KeySource(Rows(k_index), contexts), q, KeySource(Rows(k), contexts)
+            loss, _ = index_divergence(q_index, weights, *sources, queries, token_weights, scale=0.3)
+        (3 * loss).backward()
+        found.append([loss.detach(), *(x.grad for x in inputs)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)

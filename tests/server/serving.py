@@ -1,0 +1,74 @@
+"""A server on a real socket, in a thread of this process, whose engine the test can look into."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import openai
+import uvicorn
+
+from foveal import LLM
+from foveal.server.run import configuration, listen
+from foveal.server.service import Service, Settings
+
+MODEL = "tiny"
+_PATIENCE = 30.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that runs."""
+
+    url: str
+    service: Service
+    llm: LLM
+
+    def client(self, **settings: Any) -> openai.OpenAI:
+        """OpenAI's own client."""
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 60} | settings
+        )
+
+    def async_client(self, **settings: Any) -> openai.AsyncOpenAI:
+        """The same for asyncio."""
+        return openai.AsyncOpenAI(
+            base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 120} | settings
+        )
+
+    def settle(self) -> None:
+        """Wait until no request is left; then every page must have been given back."""
+        wait_until(lambda: not self.service.worker.unfinished and not self.llm.engine.has_work)
+        manager = self.llm.engine._manager
+        manager.check()
+        usage = manager.usage
+        assert usage.pages_in_use == 0
+        assert usage.pages_free + usage.pages_cached == usage.pages_total
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    """Fails where it does not come true."""
+    end = time.monotonic() + _PATIENCE
+    while not true():
+        assert time.monotonic() < end, "it does not come true"
+        time.sleep(0.005)
+
+
+@contextmanager
+def serving(llm: LLM, **settings: Any) -> Iterator[Server]:
+    """Serve `llm` until the block ends."""
+    service = Service(llm, Settings(**{"model_name": MODEL} | settings))
+    socket = listen("127.0.0.1", 0)
+    server = uvicorn.Server(configuration(service))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[socket])), daemon=True)
+    thread.start()
+    wait_until(lambda: server.started)
+    try:
+        yield Server(f"http://127.0.0.1:{socket.getsockname()[1]}", service, llm)
+    finally:
+        server.should_exit = True
+        thread.join(_PATIENCE)
+        assert not thread.is_alive(), "the server does not end"
