@@ -45,7 +45,7 @@ def run(recipe: Make, tmp_path: Path) -> Callable[..., Recipe]:
     documents = [" ".join(chosen.choices(words, k=chosen.choice([3, 15, 40, 120]))) for _ in range(100)]
     (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(documents))
     balance = {"balance_weight": 0.1, "z_weight": 0.01}
-    stages = stage("pretrain", 3, optimizer="muon", **balance) + stage("warmup", 2) + stage("sparse", 3, **balance)
+    stages = stage("pretrain", 2, optimizer="muon", **balance) + stage("warmup", 1) + stage("sparse", 3, **balance)
     stages = stages.replace("tokens_per_step = 128", "tokens_per_step = 256")
 
     def make(output: str, stages: str = stages, model: str = 'dtype = "float64"', **sizes: int) -> Recipe:
@@ -66,18 +66,17 @@ def figures(recipe: Recipe) -> list[dict[str, float]]:
 
 def agree(one: Recipe, several: Recipe, tolerance: float = 1e-5) -> None:
     expected, found = figures(one), figures(several)
-    assert len(expected) == 8 + 3 and [x.keys() for x in expected] == [x.keys() for x in found]
+    assert len(expected) == 6 + 3 and [x.keys() for x in expected] == [x.keys() for x in found]
     for wanted, values in zip(expected, found, strict=True):
         for name, value in wanted.items():
             assert values[name] == pytest.approx(value, rel=tolerance), (wanted["update"], name)
 
 
-def test_two_processes_divide_rows_and_experts(run: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_two_processes_divide_rows_and_experts(run: Callable[..., Recipe]) -> None:
     """Another result than one process has, in any stage; and a checkpoint of two that one cannot go on from."""
     one, two = run("one"), run("two", expert=2)
     Trainer(one).train()
-    together(2, train, two, 6)
-    read_state_of(two, 2, tmp_path, [(2, 2), (1, 1)])
+    together(2, train, two, 4)
     Trainer(replace(two, parallel=ParallelSettings())).train()
     agree(one, two)
 
@@ -90,7 +89,7 @@ def read_state_of(recipe: Recipe, stage: int, folder: Path, sizes: list[tuple[in
         settings = replace(recipe.parallel, expert=expert, context=1)
         together(ranks, read_state, replace(recipe, parallel=settings), stage, file)
         states.append(torch.load(file))
-    assert any("exp_avg_sq" in name for name in states[0])
+    assert {name.rpartition(".")[2] for name in states[0]} >= {"exp_avg_sq", "momentum", "weight"}
     for state in states[1:]:
         assert state.keys() == states[0].keys()
         assert all(torch.equal(tensor, state[name]) for name, tensor in states[0].items())
@@ -119,7 +118,7 @@ def test_other_numbers_go_on(
     """Parameters or optimiser states that change on the way from one number of processes to another; Muon's as well."""
     one, several = run("one"), run("several", expert=before[1])
     Trainer(one).train()
-    together(before[0], train, several, 2)
+    together(before[0], train, several, 1)
     read_state_of(several, 0, tmp_path, [before, after])
     together(after[0], train, replace(several, parallel=replace(several.parallel, expert=after[1])))
     agree(one, several)
@@ -139,7 +138,7 @@ def test_activations_again(run: Callable[..., Recipe], dtype: str) -> None:
 @pytest.mark.slow
 def test_distilling(run: Callable[..., Recipe]) -> None:
     """A teacher that is the model itself: its weights are whole twice in a step."""
-    distil = stage("distil", 8, temperature=2.0).replace("tokens_per_step = 128", "tokens_per_step = 256")
+    distil = stage("distil", 4, temperature=2.0).replace("tokens_per_step = 128", "tokens_per_step = 256")
     one, several = run("one", distil), run("several", distil, expert=2, context=2)
     Trainer(one).train()
     together(4, train, several)
@@ -164,11 +163,10 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("model", ["latent"])
-def test_contexts(model: str, dense: bool) -> None:
+def test_contexts() -> None:
     """Tokens at wrong positions, keys of the wrong sequence, gradients that do not come back."""
-    together(2, context_gradients, ParallelSettings(context=2, timeout_minutes=1.0), MODELS[model], [50, 5, 20], dense)
+    settings = ParallelSettings(context=2, timeout_minutes=1.0)
+    together(2, context_gradients, settings, MODELS["latent"], [50, 5, 20], False)
 
 
 @pytest.mark.slow
