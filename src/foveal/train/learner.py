@@ -18,8 +18,9 @@ from foveal.train.stages import KINDS
 class Learner:
     """Optimisers over the parameters of one stage; all others are frozen."""
 
-    def __init__(self, decoder: Decoder, stage: StageSettings, parallel: Parallel) -> None:
-        self.stage, self._parallel = stage, parallel
+    def __init__(self, decoder: Decoder, stage: StageSettings, parallel: Parallel | None = None) -> None:
+        """`parallel`: the processes that share the decoder; None: this one alone."""
+        self.stage, self._parallel = stage, parallel or Parallel()
         indexers = indexer_parameters(decoder)
         self._freeze(decoder, indexers)
         named = {name: p for name, p in decoder.named_parameters() if p.requires_grad}

@@ -1,5 +1,6 @@
 """Several processes: weights sharded by FSDP2, experts and contexts spread as the recipe says."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -102,6 +103,8 @@ class Together(Parallel):
 
     def gathered(self, decoder: Decoder) -> Decoder:
         """See `Parallel.gathered`. In the leading process's memory, on the CPU."""
+        # It warns that gathering divided experts is slow; once in a run it may be.
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         with torch.device("meta"):
             whole = Decoder(decoder.config, decoder.options)
         if self.leads:
