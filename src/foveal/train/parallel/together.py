@@ -41,6 +41,8 @@ class Together(Parallel):
         self.data_rank, self.data_ranks = self._data.rank(), self._data.size()
         self.contexts = context
         self._root: Root | None = None
+        # It warns that gathering divided experts is slow; once in a run it may be.
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
     def shard(self, decoder: Decoder) -> None:
         """See `Parallel.shard`."""
@@ -103,8 +105,6 @@ class Together(Parallel):
 
     def gathered(self, decoder: Decoder) -> Decoder:
         """See `Parallel.gathered`. In the leading process's memory, on the CPU."""
-        # It warns that gathering divided experts is slow; once in a run it may be.
-        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         with torch.device("meta"):
             whole = Decoder(decoder.config, decoder.options)
         if self.leads:
