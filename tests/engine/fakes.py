@@ -59,9 +59,12 @@ class FakeModel:
     window: int = sys.maxsize
     """Tokens that a query sees, itself included."""
     batches: list[Batch] = field(default_factory=list)
+    watched: bool = False
+    """Whether a step was."""
 
     def step(self, batch: Batch, cache: FakeStore, watch: Watch | None = None) -> FakeOutput:
         self.batches.append(batch)
+        self.watched |= watch is not None
         ids = batch.ids_T.tolist()
         if self.fail_on in ids:
             raise RuntimeError("the model broke")

@@ -17,6 +17,8 @@ from foveal.models.decoder import Decoder
 from foveal.nn.batch import Batch
 from foveal.nn.watch import Sight
 
+from .fakes import make_world, request
+
 TOPK = 12
 PROMPT = torch.randint(3, VOCAB, (90,), generator=torch.Generator().manual_seed(1)).tolist()
 LOOK = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True, selection=True)
@@ -123,6 +125,14 @@ def test_it_changes_nothing_else(folder: Path) -> None:
     *_, last = roomy.stream(prompts[0], asked)
     assert [one.token_ids for one in last.outputs] == [one.token_ids for one in got[0].outputs]
     assert [len(one.selection or ()) for one in last.outputs] == [70, 70]
+
+
+def test_nothing_is_recorded_unasked() -> None:
+    """Guards against requests that pay for a look they did not ask for."""
+    world = make_world()
+    world.run(request("plain", 100), request("long", 300, max_tokens=3))
+    assert world.model.batches and not any(batch.collect for batch in world.model.batches)
+    assert not world.model.watched
 
 
 def test_models_that_select_nothing(tmp_path: Path) -> None:

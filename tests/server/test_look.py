@@ -11,7 +11,9 @@ from words import byte_level, save_words
 from foveal import LLM, SamplingParams
 from foveal.engine.look import LayerSight, TokenSelection
 from foveal.models.tokenizer import token_bytes
-from foveal.server.look import FovealOptions, LookedToken, LookSource
+from foveal.server.look import ChoiceLook, FovealOptions, LookedToken, LookSource, RequestLook
+
+from .serving import serving
 
 LOOK = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, selection=True)
 
@@ -57,6 +59,38 @@ def test_pieces_add_up(tmp_path: Path) -> None:
             chosen = positions(runs)
             assert len(chosen) == 12 and chosen == sorted(set(chosen)) and chosen[-1] < token.position
             assert share is not None and 0 < share <= 1
+
+
+def test_both_endpoints_carry_it(tmp_path: Path) -> None:
+    """Guards against a look of another choice, or of a part of the tokens only, whole and as a stream."""
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    words = byte_level("gpt-2")
+    tokens = save_words(words, tmp_path, template)
+    make_oracle("deepseek_v32", tmp_path, vocab_size=tokens, eos_token_id=None)
+    ask = {"model": "tiny", "n": 2, "seed": 3, "max_tokens": 20, "extra_body": {"foveal": {"selection": True}}}
+    with serving(LLM(tmp_path, dtype="float32")) as server, server.client() as client:
+        chat, text = client.chat.completions, client.completions
+        messages = [{"role": "user", "content": "the cat sat on the mat 😀"}]
+        for create, prompt in [(chat.create, {"messages": messages}), (text.create, {"prompt": "the cat sat on"})]:
+            whole = create(**ask, **prompt)
+            request = RequestLook.model_validate(whole.foveal)
+            assert len(request.prompt) == whole.usage.prompt_tokens and len(request.layers) == 3
+            looks = [ChoiceLook.model_validate(choice.foveal).tokens for choice in whole.choices]
+            streamed: dict[int, list[LookedToken]] = {0: [], 1: []}
+            for place, event in enumerate(create(**ask, **prompt, stream=True)):
+                assert (getattr(event, "foveal", None) is None) == (place > 0)
+                for choice in event.choices:
+                    streamed[choice.index] += ChoiceLook.model_validate(choice.foveal).tokens
+            for index, look in enumerate(looks):
+                assert len(look) == 20 and look[0].position == whole.usage.prompt_tokens
+                assert [(one.id, one.layers) for one in look] == [(one.id, one.layers) for one in streamed[index]]
+                content = whole.choices[index]
+                said = content.text if hasattr(content, "text") else content.message.content
+                assert "".join(one.text for one in look if not one.special).startswith(
+                    said.rstrip("\N{REPLACEMENT CHARACTER}")
+                )
+            assert looks[0] != looks[1]
+            assert getattr(create(**{**ask, "extra_body": {}}, **prompt), "foveal", None) is None
 
 
 def test_half_characters_belong_to_the_last_token() -> None:

@@ -1,5 +1,6 @@
 """The page in a real browser: Chromium, by playwright."""
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -119,6 +120,7 @@ def test_chat_and_look(page: "Page", folder: Path) -> None:
     assert f"12 of {here} tokens" in page.locator("#figures").inner_text()
     assert re.search(r"Recall\s+[\d.]+ %", page.locator("#figures").inner_text())
 
+    keep_picture(page)
     for layer in range(3):
         page.locator("#layers button").nth(layer + 1).click()
         assert sorted(shades(page), reverse=True) == [1.0] * 12 + [0.0] * (whole - 12)
@@ -141,6 +143,15 @@ def test_chat_and_look(page: "Page", folder: Path) -> None:
     assert page.locator(".message").count() == 4
     page.locator("#fresh").click()
     assert page.locator(".message").count() == 0 and page.locator("#empty").is_visible()
+
+
+def keep_picture(page: "Page") -> None:
+    """A screenshot in the folder named by FOVEAL_SCREENSHOTS, if it names one."""
+    if folder := os.environ.get("FOVEAL_SCREENSHOTS"):
+        size = page.viewport_size
+        assert size is not None
+        dark = page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
+        page.screenshot(path=Path(folder) / f"page-{size['width']}-{'dark' if dark else 'light'}.png")
 
 
 def shades(page: "Page", tokens: str = "#context .t") -> list[float]:

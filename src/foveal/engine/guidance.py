@@ -53,16 +53,23 @@ class Guidance:
         kinds, rule = _RULES[given[0]]
         if not isinstance(value, kinds):
             raise ValueError(f"{given[0]} must be {rule}, not {value!r}")
-        if isinstance(value, Mapping):
-            try:
-                json.dumps(dict(value), allow_nan=False)
-            except (TypeError, ValueError, RecursionError) as error:
-                raise ValueError(f"json_schema is no JSON: {error}") from None
+        if self.json_schema is not None:
+            _check_json(self.json_schema)
 
     @property
     def kind(self) -> str:
         """The name of the field that is set."""
         return next(name for name in _RULES if getattr(self, name) not in (None, False))
+
+
+def _check_json(schema: Mapping[str, Any] | str) -> None:
+    try:
+        text = schema if isinstance(schema, str) else json.dumps(dict(schema), allow_nan=False)
+        read = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"json_schema is no JSON: {error}") from None
+    if not isinstance(read, dict):
+        raise ValueError(f"json_schema must be an object, not {schema!r}")
 
 
 class Guide:

@@ -1,7 +1,7 @@
 """How good selections are, layer by layer: how much of dense attention they keep, against others of the same size."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -82,6 +82,8 @@ def selection_quality(
         raise ValueError(f"windows of {longest} tokens leave a top-k of {topk} nothing to choose: they must be longer")
     prefill = Prefill(decoder, longest, kv_cache_dtype=kv_cache_dtype, dense=dense)
     for window in windows:
+        for meter in meters:
+            meter.begin(len(window.ids))
         watch = _Watch(meters, topk)
         for _ in prefill.run(window.ids, watch=watch):
             watch.next_chunk()
@@ -95,22 +97,35 @@ def _topk(decoder: Decoder) -> int:
     return next(module.config.topk for module in decoder.modules() if isinstance(module, Indexer))
 
 
-@dataclass
 class _Meter:
-    """What is known of one layer: for each measure one tensor a tile of queries."""
+    """What is known of one layer: for each window and measure a value at each position, -inf where there is none.
 
-    values: dict[str, list[Tensor]] = field(default_factory=lambda: {name: [] for name in MEASURES})
+    Room for all of them is made at once: small results that stay between large ones that go would tear memory apart.
+    """
 
-    def add(self, name: str, values_t: Tensor) -> None:
-        self.values[name].append(values_t.float().cpu())
+    def __init__(self) -> None:
+        self._windows: list[dict[str, Tensor]] = []
+
+    def begin(self, length: int) -> None:
+        """Another window."""
+        self._windows.append({name: torch.full((length,), float("-inf")) for name in MEASURES})
+
+    def put(self, name: str, first: int, values_t: Tensor) -> None:
+        """Values at positions `first`, `first` + 1, ... of the last window."""
+        self._windows[-1][name][first : first + len(values_t)] = values_t.float().cpu()
 
     def quality(self, layer: int) -> LayerQuality:
-        whole = {name: _estimate(parts) if parts else None for name, parts in self.values.items()}
-        return LayerQuality(layer, **whole)  # type: ignore[arg-type]
+        """Means over all windows."""
+        found: dict[str, Any] = {}
+        for name in MEASURES:
+            values = torch.cat([window[name] for window in self._windows])
+            known = values[~values.isneginf()]
+            found[name] = _estimate(known) if len(known) else None
+        return LayerQuality(layer, **found)
 
 
-def _estimate(parts: Sequence[Tensor]) -> Estimate:
-    stretches = torch.cat(list(parts)).split(_STRETCH)
+def _estimate(values: Tensor) -> Estimate:
+    stretches = values.split(_STRETCH)
     return of_groups(torch.stack([one.sum() for one in stretches]), torch.tensor([len(one) for one in stretches]))
 
 
@@ -141,16 +156,18 @@ class _Watch:
             glance = sight.glance
             chosen_TK = select(glance.q_TIJ, glance.weights_TI, glance.keys, sight.queries, topk=self._topk)
         meter = self._meters[layer]
-        self._compare_selections(meter, layer, chosen_TK[skipped:])
+        self._compare_selections(meter, layer, first + skipped, chosen_TK[skipped:])
         self._measure(meter, sight, chosen_TK, skipped)
 
-    def _compare_selections(self, meter: _Meter, layer: int, chosen_TK: Tensor) -> None:
+    def _compare_selections(self, meter: _Meter, layer: int, first: int, chosen_TK: Tensor) -> None:
         last_1K = self._last_TK[layer]
-        run_TK = chosen_TK if last_1K is None else torch.cat((last_1K, chosen_TK))
-        meter.add("query_overlap", overlap(run_TK[1:], run_TK[:-1]))
-        self._last_TK[layer] = chosen_TK[-1:]
+        if last_1K is None:
+            meter.put("query_overlap", first + 1, overlap(chosen_TK[1:], chosen_TK[:-1]))
+        else:
+            meter.put("query_overlap", first, overlap(chosen_TK, torch.cat((last_1K, chosen_TK[:-1]))))
+        self._last_TK[layer] = chosen_TK[-1:].clone()
         if self._above_TK is not None:
-            meter.add("layer_overlap", overlap(chosen_TK, self._above_TK))
+            meter.put("layer_overlap", first, overlap(chosen_TK, self._above_TK))
         self._above_TK = chosen_TK
 
     def _measure(self, meter: _Meter, sight: Sight, chosen_TK: Tensor, skipped: int) -> None:
@@ -171,9 +188,9 @@ class _Watch:
                 "random": random(positions_t, topk, seed=self._layer),
             }
             for name, chosen_tK in rivals.items():
-                meter.add(name, kept_share(shares_tN, chosen_tK))
-            meter.add("oracle", shares_tN.topk(topk, sorted=False).values.sum(-1))
-            meter.add("divergence", _divergence(shares_tN, sight.glance, k_NJ, rows, first))
+                meter.put(name, first, kept_share(shares_tN, chosen_tK))
+            meter.put("oracle", first, shares_tN.topk(topk, sorted=False).values.sum(-1))
+            meter.put("divergence", first, _divergence(shares_tN, sight.glance, k_NJ, rows, first))
 
 
 def kept_share(shares_tN: Tensor, chosen_tK: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ def attention_recall(
     """The share of one query's dense attention that falls on chosen keys, 0 to 1: the sum over `chosen_K` (int [K],
     positions, no -1) of softmax(scale * q.k) over the sequence's first `seen` keys, averaged over heads.
 
-    q_HP: [H, P]; keys: rows [G, P]. The keys are read tile by tile; beside a tile this takes one byte a key.
+    q_HP: [H, P]; keys: rows [G, P]. The keys are read tile by tile; beside a tile this takes one byte a key. (For a
+    running engine; `foveal.evaluate.recall` measures all queries of a text.)
     """
     groups_heads = (keys.context(sequence, 0, 1).shape[-2], -1)
     q_GhP = widened(q_HP).unflatten(0, groups_heads)

@@ -15,7 +15,11 @@ from foveal.server.markup import LarkRules, Markers, find_first, held_back
 from foveal.server.reasoning import BLANK, CLOSE, OPEN, reasons
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_NO_PARAMETERS = {"properties": {}, "additionalProperties": False}
+_NO_PARAMETERS = {"additionalProperties": False}
+_PLAIN_SCHEMA = {
+    *("type", "properties", "required", "additionalProperties", "$defs", "definitions"),
+    *("title", "description", "$schema", "x-guidance"),
+}
 _JSON_BLOCK = "```json"
 _PARAMETER = re.compile(
     r'\s*<｜DSML｜parameter name="([^"]*)" string="(true|false)">(.*?)</｜DSML｜parameter>\s*', re.DOTALL
@@ -173,7 +177,7 @@ def _calls(
     """One call or several; `begun`: the first mark is there already."""
     ways = []
     for name, function in functions.items():
-        schema = {"type": "object", **(function.get("parameters") or _NO_PARAMETERS)}
+        schema = {"type": "object", "properties": {}, **(function.get("parameters") or _NO_PARAMETERS)}
         check_schema(schema, f"tools: {name}")
         body = kind.write(rules, name, schema)
         ways.append(f"{body} {rules.text(kind.inner[1])}")
@@ -375,8 +379,14 @@ def _write_v31(rules: LarkRules, name: str, schema: Mapping[str, Any]) -> str:
 
 
 def _write_v32(rules: LarkRules, name: str, schema: Mapping[str, Any]) -> str:
-    """Parameters in the schema's order. Strings without further rules are written as they are, all else as JSON."""
+    """Parameters in the schema's order. Strings without further rules are written as they are, all else as JSON.
+
+    Raises ValueError for a schema that says more than which parameters there are."""
     required = schema.get("required", ())
+    beyond = [key for key in schema if key not in _PLAIN_SCHEMA]
+    odd = [key for key in {*schema.get("properties", {}), *required} if '"' in key or key not in schema["properties"]]
+    if beyond or odd:
+        raise ValueError(f"tools: {name}: {(beyond or odd)[0]!r} in parameters cannot be kept in this model's format")
     fragments = [rules.text(f'{name}">\n')]
     shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     for key, value in schema.get("properties", {}).items():

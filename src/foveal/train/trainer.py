@@ -59,6 +59,7 @@ class Trainer:
             self.corpus = Corpus.build(recipe.data, self.tokenizer)
         self.model: TrainedModel = begin(recipe.model, self.run.seed)
         self._check_vocabulary()
+        self._check_held_out()
         check_context(self.decoder.config, recipe.parallel, recipe.stages)
         self.parallel.shard(self.decoder)
         self.progress = Progress()
@@ -147,13 +148,14 @@ class Trainer:
                 }
             )
             ended = progress.step == stage.steps
-            if ended or (self.run.evaluate_every and progress.step % self.run.evaluate_every == 0):
-                report.event({"update": progress.update, **evaluator.evaluate()})
+            evaluated = ended or (self.run.evaluate_every and progress.step % self.run.evaluate_every == 0)
             due = time.monotonic() - saved > 60 * self.run.checkpoint_minutes
             due, stopped = parallel.any(due, stop.signal is not None)
             if ended or stopped or due:
                 self._save(learner, feed, ended)
                 saved = time.monotonic()
+            if evaluated:
+                report.event({"update": progress.update, **evaluator.evaluate()})
             if stopped:
                 raise KeyboardInterrupt
 
@@ -169,6 +171,14 @@ class Trainer:
 
     def _model_tensors(self) -> dict[str, Tensor]:
         return {f"model.{name}": p.detach() for name, p in self.decoder.named_parameters()}
+
+    def _check_held_out(self) -> None:
+        asked = self.run.evaluate_tokens
+        held_out = [name for name in self.corpus.shards if len(self.corpus.documents(name, "held_out"))]
+        if asked and not held_out and not self.recipe.data.retrieval:
+            raise ValueError(
+                f"run.evaluate_tokens = {asked}, but no source has more than one document to hold out from"
+            )
 
     def _check_vocabulary(self) -> None:
         size, most = len(self.tokenizer), self.decoder.config.vocab_size

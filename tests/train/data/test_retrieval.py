@@ -5,8 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from transformers import PreTrainedTokenizerBase
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from foveal.evaluate.tasks import RULER
+from foveal.train.data.haystacks import Sentences
 from foveal.train.data.retrieval import RetrievalRows
 from foveal.train.data.rows import Row
 from foveal.train.data.settings import RetrievalSettings, Task
@@ -15,9 +18,12 @@ from foveal.train.data.tokenizer import Encoder
 CONTEXT = 1500
 
 
-def rows(tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], seed: int = 0, **options: float) -> RetrievalRows:
+def rows(
+    tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], seed: int = 0, context: int = CONTEXT, **options: float
+) -> RetrievalRows:
     settings = RetrievalSettings(tasks=tuple(tasks), **options)  # type: ignore[arg-type]
-    return RetrievalRows(settings, Encoder(tokenizer), None, CONTEXT, (seed,))
+    encoder = Encoder(tokenizer)
+    return RetrievalRows(settings, encoder, Sentences(encoder), context, (seed,))
 
 
 @pytest.mark.parametrize("task", ["passkey", "multikey", "recall", "copy"])
@@ -34,6 +40,43 @@ def test_answers_can_be_known(tokenizer: PreTrainedTokenizerBase, task: Task) ->
             for start, stop in spans:
                 answer, before = tokenizer.decode(ids[start:stop]), tokenizer.decode(ids[:start])
                 assert answer.strip() and answer.strip() in before
+
+
+@pytest.mark.parametrize("task", RULER)
+def test_rulers_questions_become_documents(tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
+    """The whole of the answer is marked, nothing else, and it stands at the end; what is left of a row is filled."""
+    source = rows(tokenizer, [task], answer_weight=2.0, min_length=3500, context=4000)
+    for number in range(3):
+        row = source.row(number)
+        assert row.loss_weights is not None and sum(map(len, row.sequences)) == 4000
+        ids, weights = row.sequences[0], row.loss_weights[0]
+        ((start, stop),) = answer_spans(weights > 1)
+        answer, before = tokenizer.decode(ids[start:stop]), tokenizer.decode(ids[:start])
+        assert stop == len(ids) - 1 and ids[-1] == tokenizer.eos_token_id
+        assert BEFORE[task] in before[-60:]
+        # Each word or number of the answer stands in the document.
+        assert all(word in before for word in answer.replace(",", " ").rstrip(".").split() if not word.endswith("."))
+        assert all((rest == 1).all() for rest in row.loss_weights[1:])
+
+
+BEFORE = {
+    "niah_single_1": "mentioned in the provided text is",
+    "niah_multikey_2": "mentioned in the provided text is",
+    "niah_multikey_3": "mentioned in the provided text is",
+    "vt": "they are:",
+    "cwe": "most often in the list are:",
+    "fwe": "three most frequently appeared words are:",
+}
+
+
+def test_a_begin_token_comes_first(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Where the tokenizer puts one before prompts, made-up documents begin like all others."""
+    backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>"))
+    row = RetrievalRows(RetrievalSettings(), encoder, Sentences(encoder), CONTEXT, (0,)).row(0)
+    assert encoder.documents(["text"])[0][0] == 1
+    assert all(ids[0] == 1 and 1 not in ids[1:] for ids in row.sequences)
 
 
 def answer_spans(marked: np.ndarray) -> list[tuple[int, int]]:

@@ -105,6 +105,7 @@ function show() {
   for (const id of ["layers", "legend"]) element(id).hidden = !narrow;
   verdict(request);
   figures(token, narrow);
+  recallBars(token);
   element("legend-text").textContent =
     layer === null ? "share of layers attending to it" : `layer ${request.layers[layer].layer} attended to it`;
   element("legend-most").textContent = layer === null ? "all" : "yes";
@@ -141,6 +142,15 @@ function figures(token, narrow) {
   element("recall-note").textContent = recall === null ? "not known here" : "of dense attention is on them";
   element("cache").textContent = bytes(token.cache_bytes);
   element("cache-note").textContent = "of this sequence";
+}
+
+// Under each layer's number its recall.
+function recallBars(token) {
+  [...element("layers").children].slice(1).forEach((button, index) => {
+    const recall = token.recall[index];
+    button.style.setProperty("--r", recall ?? 0);
+    button.title = recall === null ? "" : `recall ${percent(recall)}`;
+  });
 }
 
 function shade(token, values) {

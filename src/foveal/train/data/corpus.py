@@ -9,6 +9,7 @@ import numpy as np
 
 from foveal.models.resolve import cache_dir as foveal_cache
 from foveal.train.data.files import short_hash
+from foveal.train.data.haystacks import Hay, Passages, Sentences
 from foveal.train.data.retrieval import VERSION, RetrievalRows
 from foveal.train.data.rows import Ids, RowSource, TextRows
 from foveal.train.data.settings import DataSettings
@@ -71,12 +72,13 @@ class Corpus:
                 key = short_hash(self.shards[name].key, self.settings.held_out, part)
                 sources.append(OpenSource(name, text.weight, key, rows))
         for name, task in zip(made_up, self.settings.retrieval, strict=True):
-            haystack = None
-            if task.haystack is not None:
-                chosen = self.documents(task.haystack, part)
-                if not len(chosen):
-                    continue
-                haystack = self.shards[task.haystack], chosen
+            haystack: Hay
+            if task.haystack is None:
+                haystack = Sentences(self.encoder)
+            elif len(chosen := self.documents(task.haystack, part)):
+                haystack = Passages(self.shards[task.haystack], chosen)
+            else:
+                continue
             made = RetrievalRows(task, self.encoder, haystack, context, _seed(seed, name, part))
             hidden_in = self.shards[task.haystack].key if task.haystack is not None else None
             key = short_hash(VERSION, repr(task), self.encoder.hash, hidden_in, self.settings.held_out, part)

@@ -2,34 +2,37 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, pairwise
+from functools import partial
+from itertools import pairwise
 from random import Random
-from typing import Literal, TypeVar
-from uuid import UUID
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from foveal.train.data import words
+from foveal.evaluate.tasks import NOISE, RULER, Haystack, Setting
+from foveal.evaluate.tasks.words import ADJECTIVES, NOUNS, draw_number, draw_pairs, draw_uuid
+from foveal.train.data import phrases
+from foveal.train.data.haystacks import Hay
 from foveal.train.data.rows import Ids, Row
-from foveal.train.data.settings import RetrievalSettings, Task
-from foveal.train.data.shards import Shard
+from foveal.train.data.settings import RetrievalSettings
 from foveal.train.data.tokenizer import Encoder
 
-T = TypeVar("T")
-
-VERSION = 2
+VERSION = 3
 """Counts changes of the documents made: streams of other versions are not continued."""
-
-_ADJECTIVES, _NOUNS, _VERBS = words.ADJECTIVES.split(), words.NOUNS.split(), words.VERBS.split()
-_PLACES = words.PLACES.split("|")
 
 
 @dataclass(frozen=True)
 class _Snippet:
     ids: list[int]
     answers: list[bool]
-    """Which ids the document so far tells."""
+    """Which ids the document tells before them."""
+
+    @staticmethod
+    def plain(ids: Iterable[int]) -> "_Snippet":
+        """Nothing of it is an answer."""
+        ids = list(ids)
+        return _Snippet(ids, [False] * len(ids))
 
     def __add__(self, other: "_Snippet") -> "_Snippet":
         return _Snippet(self.ids + other.ids, self.answers + other.answers)
@@ -42,90 +45,37 @@ class _Draft:
     joint: str
     """What stands before each snippet."""
     opening: _Snippet
-    closing: _Snippet
-    size: int
-    """Tokens of everything so far, the end token included."""
+    closing: _Snippet = field(default_factory=lambda: _Snippet([], []))
     events: list[tuple[float, _Snippet]] = field(default_factory=list)
 
-    def close(self, question: _Snippet) -> None:
-        self.closing += question
-        self.size += len(question.ids)
-
-    def add(self, events: Iterable[tuple[float, _Snippet]]) -> None:
-        for event in events:
-            self.events.append(event)
-            self.size += len(event[1].ids)
+    @property
+    def size(self) -> int:
+        """Tokens without haystack."""
+        parts = (self.opening, self.closing, *(snippet for _, snippet in self.events))
+        return sum(len(part.ids) for part in parts)
 
 
-class _Sentences:
-    """A haystack of plain sentences; of few of them over and over in every fourth document."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        dice = Random("sentences")
-        texts = (
-            f" The {_pick(dice, _ADJECTIVES)} {_pick(dice, _NOUNS)} {_pick(dice, _VERBS)}"
-            f" the {_pick(dice, _ADJECTIVES)} {_pick(dice, _NOUNS)} {_pick(dice, _PLACES)}."
-            for _ in range(1024)
-        )
-        self._sentences = [np.array(encoder.snippet(text)[0], dtype=np.int64) for text in texts]
-        self._noise = [np.array(encoder.snippet(f"{joint}{words.NOISE}")[0], dtype=np.int64) for joint in (" ", "\n")]
-
-    def take(self, dice: Random, count: int) -> Ids:
-        choices = self._sentences
-        if dice.random() < 0.25:
-            few = [_pick(dice, self._sentences) for _ in range(1 + _below(dice, 5))]
-            choices = [np.concatenate(few), _pick(dice, self._noise)][_below(dice, 2) :][:1]
-        found: list[Ids] = [np.empty(0, dtype=np.int64)]
-        while count > 0:
-            found.append(_pick(dice, choices)[:count])
-            count -= len(found[-1])
-        return np.concatenate(found)
-
-
-class _Passages:
-    """A haystack of passages from a text source's documents."""
-
-    def __init__(self, shard: Shard, documents: Ids) -> None:
-        self._shard, self._documents = shard, documents
-        self._ends = np.cumsum(shard.lengths[documents] - 1)  # without the end tokens
-        if not len(documents) or self._ends[-1] <= 0:
-            raise ValueError("the haystack has no text")
-
-    def take(self, dice: Random, count: int) -> Ids:
-        found: list[Ids] = [np.empty(0, dtype=np.int64)]
-        place = int(dice.random() * int(self._ends[-1]))
-        while count > 0:
-            index = int(np.searchsorted(self._ends, place, side="right"))
-            length = min(count, int(self._ends[index]) - place)
-            document = int(self._documents[index])
-            start = place - int(self._ends[index]) + int(self._shard.lengths[document]) - 1
-            found.append(self._shard.read(document, start, length))
-            count -= length
-            place = (place + length) % int(self._ends[-1])
-        return np.concatenate(found)
+_Maker = Callable[[Random, int], _Snippet | None]
+"""A document's text of at most so many tokens; None where it needs more."""
 
 
 class RetrievalRows:
     """Rows of retrieval documents; row n depends on the seed and n alone."""
 
     def __init__(
-        self,
-        settings: RetrievalSettings,
-        encoder: Encoder,
-        haystack: tuple[Shard, Ids] | None,
-        context: int,
-        seed: Sequence[int],
+        self, settings: RetrievalSettings, encoder: Encoder, haystack: Hay, context: int, seed: Sequence[int]
     ) -> None:
         if context < settings.min_length:
             raise ValueError(f"min_length = {settings.min_length} is longer than the context of {context} tokens")
         self._settings, self._encoder, self._context, self._seed = settings, encoder, context, tuple(seed)
-        self._haystack = _Sentences(encoder) if haystack is None else _Passages(*haystack)
+        self._haystack = haystack
         self._word_starts = np.array(encoder.word_starts())
-        self._drafts: dict[Task, Callable[[Random, int], _Draft]] = {
+        self._makers: dict[str, _Maker] = {
             "passkey": self._passkey,
             "multikey": self._multikey,
             "recall": self._recall,
             "copy": self._copy,
+            **{name: partial(self._ruler, name) for name in RULER},
         }
 
     def row(self, number: int) -> Row:
@@ -137,10 +87,11 @@ class RetrievalRows:
             length = min(left, int(shortest * (self._context / shortest) ** dice.random()))
             if left - length < shortest:
                 length = left
-            ids, answers = self._document(dice, length)
-            sequences.append(ids)
-            weights.append(self._loss_weights(answers))
-            left -= length
+            # RULER's documents do not take all of their length, and nothing may fit into the last of it.
+            made = self._document(dice, length) if left >= shortest else _Snippet.plain(self._hay(dice, left))
+            sequences.append(np.array(made.ids, dtype=np.int64))
+            weights.append(self._loss_weights(np.array(made.answers)))
+            left -= len(made.ids)
         plain = self._settings.answer_weight == self._settings.other_weight == 1
         return Row(tuple(sequences), None if plain else tuple(weights))
 
@@ -150,21 +101,33 @@ class RetrievalRows:
         )
         return chosen
 
-    def _document(self, dice: Random, length: int) -> tuple[Ids, NDArray[np.bool_]]:
-        """A document of exactly `length` tokens, and which of them it tells beforehand."""
-        draft = self._drafts[_pick(dice, self._settings.tasks)](dice, length)
-        if draft.size > length:  # a tokenizer with little but bytes
-            draft = self._copy(dice, length)
+    def _document(self, dice: Random, length: int) -> _Snippet:
+        """A document of at most `length` tokens."""
+        begin, end = _Snippet.plain(self._encoder.begin), _Snippet.plain([self._encoder.end])
+        room = length - len(begin.ids) - len(end.ids)
+        made = self._makers[dice.choice(self._settings.tasks)](dice, room)
+        if made is None:  # a tokenizer with little but bytes
+            made = self._copy(dice, room)
+        return begin + made + end
+
+    def _finish(self, draft: _Draft, dice: Random, length: int) -> _Snippet | None:
+        """The document with exactly `length` tokens."""
+        if draft.size > length:
+            return None
         hay = self._haystack.take(dice, length - draft.size)
         events = sorted(draft.events, key=lambda event: event[0])
         cuts = [0, *(self._word_start(hay, moment) for moment, _ in events), len(hay)]
+        made = draft.opening
+        ids, answers = list(made.ids), list(made.answers)
         snippets = [*(snippet for _, snippet in events), draft.closing]
-        ids, answers = [*draft.opening.ids], [*draft.opening.answers]
         for (start, stop), snippet in zip(pairwise(cuts), snippets, strict=True):
             ids += [*hay[start:stop].tolist(), *snippet.ids]
             answers += [*[False] * (stop - start), *snippet.answers]
-        assert len(ids) == length - 1
-        return np.array([*ids, self._encoder.end], dtype=np.int64), np.array([*answers, False])
+        return _Snippet(ids, answers)
+
+    def _hay(self, dice: Random, count: int) -> list[int]:
+        ids: list[int] = self._haystack.take(dice, count).tolist()
+        return ids
 
     def _word_start(self, hay: Ids, moment: float) -> int:
         """The first place after a moment where no word is torn apart; the moment itself where words are long."""
@@ -172,109 +135,109 @@ class RetrievalRows:
         near = np.flatnonzero(self._word_starts[hay[place : place + 16]])
         return place + int(near[0]) if len(near) else place
 
-    def _passkey(self, dice: Random, length: int) -> _Draft:
+    def _passkey(self, dice: Random, length: int) -> _Snippet | None:
         """One fact, asked for at the end."""
-        form, opening = _pick(dice, ((words.PASSKEY, words.PASSKEY_OPENING), (words.MAGIC, words.MAGIC_OPENING)))
-        fact = {**next(_facts(dice, "number")), "value": _number(dice, 5 + 2 * _below(dice, 2))}
+        form, opening = dice.choice(
+            ((phrases.PASSKEY, phrases.PASSKEY_OPENING), (phrases.MAGIC, phrases.MAGIC_OPENING))
+        )
+        (fact,) = _facts(dice, "number", 1)
+        fact["value"] = draw_number(dice, dice.choice((5, 7)))
         draft = self._draft(dice, opening, form, fact)
-        draft.close(self._snippet(draft.joint + form[1], fact))
-        return draft
+        draft.closing += self._snippet(draft.joint + form[1], fact)
+        return self._finish(draft, dice, length)
 
-    def _multikey(self, dice: Random, length: int) -> _Draft:
+    def _multikey(self, dice: Random, length: int) -> _Snippet | None:
         """Facts far apart, some of them asked for on the way."""
-        form, most = _pick(dice, words.MULTIKEY), max(16, length // 64)
-        return self._facts(dice, length, form, room=length / 4, most=most, asked=0.5)
+        most = max(16, length // 64)
+        draft = self._table(dice, dice.choice(phrases.MULTIKEY), room=length // 4, most=most, asked=0.5)
+        return self._finish(draft, dice, length)
 
-    def _recall(self, dice: Random, length: int) -> _Draft:
+    def _recall(self, dice: Random, length: int) -> _Snippet | None:
         """A table of pairs, up to most of the document, with questions in between."""
-        room = length * (0.1 + 0.8 * dice.random())
-        return self._facts(dice, length, _pick(dice, words.RECALL), room=room, most=512, asked=0.3)
+        room = int(length * (0.1 + 0.8 * dice.random()))
+        return self._finish(
+            self._table(dice, dice.choice(phrases.RECALL), room=room, most=512, asked=0.3), dice, length
+        )
 
-    def _facts(
-        self, dice: Random, length: int, form: tuple[str, str], *, room: float, most: int, asked: float
-    ) -> _Draft:
+    def _table(self, dice: Random, form: tuple[str, str], *, room: int, most: int, asked: float) -> _Draft:
         """Facts of one form about different keys, as many as there is room for; up to 8 are asked for at the end."""
         needle, question = form
-        facts = _facts(dice, "uuid" if form is words.MAGIC and dice.random() < 0.2 else "number")
-        told = [next(facts)]
-        draft = self._draft(dice, words.MAGIC_OPENING if form is words.MAGIC else "", form, told[0])
-        last = self._snippet(draft.joint + question, told[0])
-        room = min(room, length) - len(last.ids)
-        for fact in islice(facts, 1 + _below(dice, most - 1)):
+        kind: Literal["number", "uuid"] = "uuid" if form is phrases.MAGIC and dice.random() < 0.2 else "number"
+        facts = _facts(dice, kind, dice.randint(2, most))
+        first = next(facts)
+        draft = self._draft(dice, phrases.MAGIC_OPENING if form is phrases.MAGIC else "", form, first)
+        last = self._snippet(draft.joint + question, first)
+        room -= draft.size + len(last.ids)
+        told = []
+        for fact in facts:
             moment = dice.random()
             events = [(moment, self._snippet(draft.joint + needle, fact, told=False))]
             if dice.random() < asked:
                 events.append((moment + (1 - moment) * dice.random(), self._snippet(draft.joint + question, fact)))
-            if draft.size + sum(len(snippet.ids) for _, snippet in events) > room:
+            room -= sum(len(snippet.ids) for _, snippet in events)
+            if room < 0:
                 break
-            draft.add(events)
+            draft.events += events
             told.append(fact)
-        for fact in told[1 : 1 + _below(dice, 8)]:
-            asked_again = self._snippet(draft.joint + question, fact)
-            if draft.size + len(asked_again.ids) > room:
+        for fact in told[: dice.randrange(8)]:
+            again = self._snippet(draft.joint + question, fact)
+            room -= len(again.ids)
+            if room < 0:
                 break
-            draft.close(asked_again)
-        draft.close(last)
+            draft.closing += again
+        draft.closing += last
         return draft
 
-    def _copy(self, dice: Random, length: int) -> _Draft:
+    def _copy(self, dice: Random, length: int) -> _Snippet:
         """A passage that comes a second time: told from its fifth token on."""
-        size = 8 + _below(dice, max(1, min(length // 4, 512) - 8))
-        ids = self._haystack.take(dice, size).tolist()
+        size = dice.randrange(8, max(9, min(length // 4, 512)))
+        ids = self._hay(dice, size)
         if dice.random() < 0.5:
-            ids = self._encoder.snippet(" ".join(["", *(_pick(dice, _NOUNS) for _ in range(size))]))[0][:size]
-        first = _Snippet(ids, [False] * len(ids))
-        again = _Snippet(ids, [False] * 4 + [True] * (len(ids) - 4))
-        draft = _Draft("", _Snippet([], []), again, len(ids) + 1)
-        draft.add([(dice.random(), first)])
-        return draft
+            ids = self._encoder.snippet(" ".join(["", *dice.choices(NOUNS, k=size)]))[0][:size]
+        draft = _Draft("", _Snippet([], []), _Snippet(ids, [False] * 4 + [True] * (len(ids) - 4)))
+        draft.events.append((dice.random(), _Snippet.plain(ids)))
+        made = self._finish(draft, dice, length)
+        assert made is not None
+        return made
+
+    def _ruler(self, name: str, dice: Random, length: int) -> _Snippet | None:
+        """One of RULER's questions, in its own noise or in ours."""
+        haystack = NOISE
+        if dice.random() < 0.5:
+            haystack = Haystack.of_text(self._encoder.text(self._hay(dice, length)))
+        setting = Setting(length, haystack=haystack)
+        try:
+            sample = RULER[name].sample(setting, self._encoder.count, seed=dice.getrandbits(32))
+        except ValueError:  # the question alone is longer
+            return None
+        return self._marked(sample.prompt + sample.answer, len(sample.prompt))
 
     def _draft(self, dice: Random, opening: str, form: tuple[str, str], fact: dict[str, str]) -> _Draft:
         """A document that says one fact somewhere."""
-        joint = _pick(dice, (" ", "\n"))
-        ids = self._encoder.snippet(opening.format(**fact))[0] if opening else []
-        draft = _Draft(joint, _Snippet(ids, [False] * len(ids)), _Snippet([], []), len(ids) + 1)
-        draft.add([(dice.random(), self._snippet(joint + form[0], fact, told=False))])
+        draft = _Draft(dice.choice((" ", "\n")), _Snippet.plain(self._encoder.snippet(opening.format(**fact))[0]))
+        draft.events.append((dice.random(), self._snippet(draft.joint + form[0], fact, told=False)))
         return draft
 
     def _snippet(self, form: str, fact: dict[str, str], told: bool = True) -> _Snippet:
         """A form filled in; `told`: its last value is known by now."""
-        text = form.format(**fact)
-        ids, places = self._encoder.snippet(text)
-        value = fact["word" if "{word}" in form else "value"]
+        text, value = form.format(**fact), fact["word" if "{word}" in form else "value"]
         start = text.rindex(value)
-        return _Snippet(ids, [told and begin < start + len(value) and stop > start for begin, stop in places])
+        return self._marked(text, start, start + len(value)) if told else _Snippet.plain(self._encoder.snippet(text)[0])
+
+    def _marked(self, text: str, start: int, stop: int | None = None) -> _Snippet:
+        """A text whose characters from `start` to `stop` (None: to its end) are the answer."""
+        ids, places = self._encoder.snippet(text)
+        stop = len(text) if stop is None else stop
+        return _Snippet(ids, [begin < stop and end > start for begin, end in places])
 
 
-def _facts(dice: Random, kind: Literal["number", "uuid"]) -> Iterator[dict[str, str]]:
+def _facts(dice: Random, kind: Literal["number", "uuid"], count: int) -> Iterator[dict[str, str]]:
     """Facts about different keys."""
-    joint = _pick(dice, (" ", "-"))
-    seen: set[int] = set()
-    while len(seen) < len(_ADJECTIVES) * len(_NOUNS):
-        place = _below(dice, len(_ADJECTIVES) * len(_NOUNS))
-        if place in seen:
-            continue
-        seen.add(place)
+    joint = dice.choice((" ", "-"))
+    for pair in draw_pairs(dice, count):
         if kind == "uuid":
-            yield {"kind": kind, "key": _uuid(dice), "value": _uuid(dice)}
+            yield {"kind": kind, "key": draw_uuid(dice), "value": draw_uuid(dice)}
         else:
-            value, word = _number(dice, 4 + _below(dice, 4)), f"{_pick(dice, _ADJECTIVES)} {_pick(dice, _NOUNS)}"
-            key = f"{_ADJECTIVES[place % len(_ADJECTIVES)]}{joint}{_NOUNS[place // len(_ADJECTIVES)]}"
-            yield {"kind": kind, "key": key, "value": value, "word": word}
-
-
-def _uuid(dice: Random) -> str:
-    return str(UUID(int=_below(dice, 1 << 52) << 76 | _below(dice, 1 << 52) << 24 | _below(dice, 1 << 24), version=4))
-
-
-def _number(dice: Random, digits: int) -> str:
-    return str(10 ** (digits - 1) + _below(dice, 9 * 10 ** (digits - 1)))
-
-
-def _below(dice: Random, count: int) -> int:
-    # Of Random's methods only random() promises the same numbers in every version of Python.
-    return int(dice.random() * count)
-
-
-def _pick(dice: Random, choices: Sequence[T]) -> T:
-    return choices[_below(dice, len(choices))]
+            word = f"{dice.choice(ADJECTIVES)} {dice.choice(NOUNS)}"
+            value = draw_number(dice, dice.randint(4, 7))
+            yield {"kind": kind, "key": pair.replace("-", joint), "value": value, "word": word}

@@ -8,7 +8,10 @@ from foveal.train.recipe import key
 
 END_OF_TEXT = "<|endoftext|>"
 
-Task = Literal["passkey", "multikey", "recall", "copy"]
+Task = Literal[
+    "passkey", "multikey", "recall", "copy", "niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe"
+]
+"""Those from niah_single_1 on are RULER's, as `foveal.evaluate` asks them: one question a document."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,15 @@ class RetrievalSettings:
     name: str | None = key("what logs call this source", None)
     weight: float = key("share of all tokens, relative to the other sources", 1.0, above=0)
     tasks: tuple[Task, ...] = key(
-        "kinds of documents, equally often (name one twice for twice as many)",
+        "kinds of documents, equally often (name one twice for twice as many); the last six are those of RULER",
         ("passkey", "multikey", "recall", "copy"),
     )
     haystack: str | None = key("the name of the text source to hide things in; none: plain made-up sentences", None)
-    min_length: int = key("tokens of the shortest document; the longest fills the context", 256, at_least=128)
+    min_length: int = key(
+        "tokens of the shortest document (a copy, where its task needs more); the longest fills the context",
+        256,
+        at_least=128,
+    )
     answer_weight: float = key("weight in the loss of the tokens that can be known from the document", 1.0, at_least=0)
     other_weight: float = key("weight in the loss of all its other tokens", 1.0, at_least=0)
 

@@ -96,6 +96,9 @@ class Encoder:
         self._backend.no_truncation()
         self._backend.no_padding()
         self.end: int = int(tokenizer.eos_token_id)
+        around = self._backend.encode("").ids
+        self.begin: list[int] = around[:-1] if around[-1:] == [self.end] else around
+        """What the tokenizer puts before every text."""
         self.size = len(tokenizer)
         self.hash = short_hash(backend.to_str(), self.end)
 
@@ -122,6 +125,14 @@ class Encoder:
         """The ids of a text by itself, and the characters [start, stop) that each stands for."""
         encoding = self._backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
+
+    def count(self, text: str) -> int:
+        """How many tokens a text has by itself."""
+        return len(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of ids, without special tokens."""
+        return str(self._backend.decode(ids, skip_special_tokens=True))
 
     def word_starts(self) -> list[bool]:
         """For each id, whether a word, a line or a sentence may begin with it."""

@@ -1,27 +1,10 @@
-"""The plain words and sentences that made-up documents consist of."""
+"""What made-up documents say, and how they ask for it."""
 
-ADJECTIVES = (
-    "amber ancient bitter black blue brave bright broken brown calm clever cold crooked dark deep distant dusty "
-    "early empty fair false famous fierce fresh gentle golden grand green grey happy hollow honest hungry idle "
-    "iron large lazy little lonely long loud lucky narrow noble old pale plain proud purple quick quiet red rough "
-    "sharp silent silver simple slow small soft strange sweet tall tender tired warm white wild wise young"
-)
-NOUNS = (
-    "anchor apple arrow baker barrel basket bell boat bottle bridge butter candle captain castle cat chair church "
-    "clock coat coin corn cottage cow crown dog door dragon drum eagle engine farmer feather fiddle field fire "
-    "fish flag flower forest fox garden gate ghost goat hammer harbour hat hill horse house island judge key king "
-    "kitchen ladder lamp letter lion market mill miller mirror moon mountain mouse nail needle ocean orchard oven "
-    "paper pencil pigeon pipe pirate plough pocket pond queen rabbit ribbon ring river road rope sailor shepherd "
-    "ship shoe soldier spoon stable star stone street table teacher tiger tower tree village wagon wall whale "
-    "wheel window wolf"
-)
 VERBS = "saw found left watched passed followed remembered forgot painted carried sold bought wanted liked"
 PLACES = (
     "in the morning|before supper|by the sea|near the old well|on a Sunday|after the rain|at the fair|in winter"
     "|without a word|as always|for a shilling|under the trees|behind the church|on the way home|at noon|last year"
 )
-
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
 # What is said, and how it is asked for. {value} is a number, {word} is words, {key} is what they belong to.
 PASSKEY = (
