@@ -60,7 +60,8 @@ class Objective:
         stage, kind = self._stage, self._kind
         collect = frozenset({"experts", "router"} if self._learns_base else ())
         packed = Batch.packed(batch.sequences, collect=collect, dense=kind.dense)
-        watch = IndexLoss(torch.full((len(packed.ids_T),), 1 / tokens)) if kind.index else None
+        indexed = kind.index and self._decoder.config.index_topk is not None
+        watch = IndexLoss(torch.full((len(packed.ids_T),), 1 / tokens)) if indexed else None
         x_TD, collected = self._decoder.trunk(packed, watch=watch)
         losses: dict[str, Tensor] = {}
         if self._learns_base:

@@ -15,7 +15,7 @@ from foveal.models.decoder import Decoder
 from foveal.train.checkpoints import Checkpoints, fill_from, progress_of
 from foveal.train.data import Corpus, Feed, data_cache, open_tokenizer
 from foveal.train.evaluation import Evaluator
-from foveal.train.learner import Learner
+from foveal.train.learner import Learner, check_indexers, teaches_base
 from foveal.train.model import TrainedModel, begin
 from foveal.train.objective import Objective
 from foveal.train.rate import matrix_rate
@@ -55,6 +55,8 @@ class Trainer:
         self.tokenizer = open_tokenizer(recipe.data, data_cache(recipe.data))
         self.model: TrainedModel = begin(recipe.model, self.run.seed)
         self._check_vocabulary()
+        for stage in recipe.stages:
+            check_indexers(stage, self.decoder.config.index_topk is not None)
         self.corpus = Corpus.build(recipe.data, self.tokenizer)
         self.progress = Progress()
         self._checkpoints = Checkpoints(self.run.output / "checkpoints", self.run.keep_checkpoints)
@@ -70,9 +72,12 @@ class Trainer:
 
         A SIGTERM or Ctrl-C ends the run after the current update, with a checkpoint, as a KeyboardInterrupt.
         """
+        base_learns = any(teaches_base(stage) for stage in self.recipe.stages)
+        self.model.check_savable(base_learned=base_learns, merge=merge)
         last = self._checkpoints.last()
         if last is not None:
             self.progress = Progress(**progress_of(last))
+            self._check_progress(last)
         total = sum(stage.steps for stage in self.recipe.stages)
         done = self.progress.update
         with Report(self.run.output, total, done, tensorboard=self.run.tensorboard) as report, _stoppable() as stop:
@@ -82,7 +87,7 @@ class Trainer:
                 stage = self.recipe.stages[index]
                 self._stage(stage, last, report, stop)
                 last = None
-            if done == total and last is not None:  # everything was done before: only the result is written
+            if last is not None:  # everything was done before: only the result is written
                 fill_from(last, self._model_tensors())
         tokenizer = self.run.output / "tokenizer"
         self.tokenizer.save_pretrained(tokenizer)
@@ -91,6 +96,8 @@ class Trainer:
     def _stage(self, stage: StageSettings, last: Path | None, report: Report, stop: Interrupted) -> None:
         """One stage, from where the progress says."""
         progress = self.progress
+        if last is not None:  # before the learner, which copies what is narrower than float32
+            fill_from(last, self._model_tensors())
         learner = Learner(self.decoder, stage)
         objective = Objective(self.decoder, stage)
         evaluator = Evaluator(self.decoder, self.corpus, self.tokenizer, self.run, stage)
@@ -102,9 +109,9 @@ class Trainer:
         )
         if progress.feed is not None:
             feed.load_state_dict(progress.feed)
-        if last is not None:
-            fill_from(last, self._model_tensors() | (learner.tensors() if progress.step else {}))
-        progress.base_learned |= learner.teaches_base
+        if last is not None and progress.step:
+            fill_from(last, learner.tensors())
+        progress.base_learned |= teaches_base(stage)
         rows = (stage.micro_tokens or stage.context) // stage.context
         flops = training_flops(self.decoder.config, stage.context, dense=KINDS[stage.kind].dense)
         saved = time.monotonic()
@@ -151,6 +158,12 @@ class Trainer:
 
     def _model_tensors(self) -> dict[str, Tensor]:
         return {f"model.{name}": p.detach() for name, p in self.decoder.named_parameters()}
+
+    def _check_progress(self, last: Path) -> None:
+        """ValueError where the recipe has become shorter than what is done."""
+        stages, at = self.recipe.stages, self.progress
+        if at.stage > len(stages) or (at.stage < len(stages) and at.step >= stages[at.stage].steps):
+            raise ValueError(f"{last} is at step {at.step} of stage {at.stage}: further than this recipe goes")
 
     def _check_vocabulary(self) -> None:
         size, most = len(self.tokenizer), self.decoder.config.vocab_size
