@@ -208,6 +208,14 @@ def test_bfloat16(recipe: Make) -> None:
     assert load_model(written).embed_tokens.weight.dtype == torch.bfloat16
 
 
+def test_evaluations_that_cannot_be_made(recipe: Make) -> None:
+    """A run that fails at its first evaluation, hours after its start."""
+    with pytest.raises(ValueError, match=r"passkey_lengths: 300.*256 positions"):
+        Trainer(recipe(stage("pretrain", 1), passkey_lengths=[64, 300]))
+    with pytest.raises(ValueError, match="sample = ''"):
+        Trainer(recipe(stage("pretrain", 1), sample=""))
+
+
 def die_after(monkeypatch: pytest.MonkeyPatch, made: Recipe, after: int) -> None:
     """Run until the checkpoint of an update."""
     save = Checkpoints.save

@@ -172,6 +172,13 @@ class Trainer:
         longest = max(stage.context for stage in self.recipe.stages)
         if longest > self.decoder.config.max_positions:
             raise ValueError(f"context = {longest}, but the model has {self.decoder.config.max_positions} positions")
+        longest = max(self.run.passkey_lengths, default=0)
+        if longest > self.decoder.config.max_positions:
+            raise ValueError(
+                f"passkey_lengths: {longest}, but the model has {self.decoder.config.max_positions} positions"
+            )
+        if self.run.sample is not None and not self.tokenizer.encode(self.run.sample):
+            raise ValueError(f"sample = {self.run.sample!r} has no tokens to continue")
 
 
 @contextmanager
