@@ -87,3 +87,10 @@ def test_no_recipe(run: Any, tmp_path: Path) -> None:
     """A missing file or argument that ends in a traceback."""
     assert run("train").code == 2
     assert run("train", str(tmp_path / "none.toml")).code == 2
+
+
+def test_a_gradient_that_is_not_finite(run: Any, recipe: Path) -> None:
+    """A traceback where training diverged."""
+    result = run("train", str(recipe), "--set", "stages.0.learning_rate=1e20", "--set", "stages.0.clip=0")
+    assert result.code == 2 and result.out == ""
+    assert result.err.splitlines()[-1].startswith("foveal: the gradient at step 1 of this pretrain stage is nan")

@@ -15,7 +15,7 @@ from foveal.models.decoder import Decoder, Options
 from foveal.models.names import checkpoint_tensors
 from foveal.nn.batch import Batch
 from foveal.nn.watch import Sight
-from foveal.train.initial import initialise_indexers
+from foveal.train.initial import initialise, initialise_indexers
 
 
 def sparse_llama(folder: Path, topk: int, dtype: torch.dtype = torch.float64) -> Decoder:
@@ -124,3 +124,13 @@ def test_watch(kind: str, dense: bool, tmp_path: Path) -> None:
         scores = torch.einsum("tin,ti->tn", scores, one.glance.weights_TI.double())
         best = scores[-1].topk(one.selection_TK.shape[1]).indices.sort().values
         assert one.selection_TK[-1].tolist() == best.tolist()
+
+
+def test_turned_dimensions_are_pairs(tmp_path: Path) -> None:
+    """An index key whose half is odd: one dimension without its partner."""
+    make_oracle("llama", tmp_path)
+    config = with_indexers(read_config(tmp_path), heads=4, head_dim=10, topk=6)
+    assert config.blocks[0].indexer.rope.dim == 4
+    decoder = Decoder(config, Options(torch.float32, index_dtype="float32"))
+    initialise(decoder, 0)
+    assert decoder(torch.arange(12)[None]).isfinite().all()

@@ -92,6 +92,22 @@ def test_sparse_gradients_by_differences() -> None:
     torch.testing.assert_close((values[0] - values[1]) / (2 * step), expected, rtol=1e-3, atol=1e-2)  # rope is float32
 
 
+def test_short_sequences_beside_long_ones(decoder: Decoder) -> None:
+    """A batch in which some sequences are no longer than top-k: the others' rows, which do not begin at 0."""
+    ids = [torch.tensor([5]), torch.arange(5) + 2, IDS[0], torch.tensor([7]), IDS[1]]
+    base = [p for p in decoder.parameters() if p.requires_grad and p not in indexer_parameters(decoder)]
+
+    def gradients(sequences: list[Tensor]) -> list[Tensor]:
+        batch = Batch.packed(sequences)
+        x, _ = decoder.trunk(batch)
+        weights = torch.ones(len(batch.ids_T))
+        loss = losses.head_loss(decoder, x, weights, losses.next_token(batch.ids_T))
+        return list(torch.autograd.grad(loss, base))
+
+    apart = [gradients([sequence]) for sequence in ids]
+    same(gradients(ids), [torch.stack(parts).sum(0) for parts in zip(*apart, strict=True)], 1e-5)
+
+
 def selections(decoder: Decoder, batch: Batch) -> list[Tensor]:
     with torch.no_grad():
         collecting = Batch(**{**vars(batch), "collect": frozenset({"selection"})})

@@ -105,3 +105,11 @@ def test_a_gradient_that_is_not_finite() -> None:
     with pytest.raises(FloatingPointError, match="step 3"):
         learner.update(3)
     assert torch.equal(before, decoder.norm.weight)
+
+
+def test_heads_are_not_for_muon() -> None:
+    """A head, whose rows are tokens, made orthogonal as a matrix between hidden states is."""
+    decoder = sparse_decoder(torch.float32, tie_word_embeddings=False)
+    found = matrices(decoder)
+    assert decoder.lm_head.weight not in found and decoder.embed_tokens.weight not in found
+    assert decoder.layers[0].blocks[0].operation.o_proj.weight in found

@@ -173,7 +173,10 @@ def test_merged_into_deepseek_v32(recipe: Make, tmp_path: Path) -> None:
     ("stages", "model", "message"),
     [
         (stage("pretrain", 1).replace("context = 64", "context = 512").replace("128", "512"), None, "512.* 256 pos"),
-        (stage("warmup", 1), 'start = "{llama}"', "no indexers"),
+        (stage("pretrain", 1) + stage("warmup", 1), 'start = "{llama}"', "no indexers"),
+        (stage("sparse", 1), 'start = "{llama}"', "no indexers"),
+        (stage("distil", 1), 'start = "{llama}"', "needs a teacher"),
+        (stage("pretrain", 1, learns="indexer"), None, "pretrain stage has no loss for indexers"),
         (stage("distil", 1, teacher="{llama}"), None, "teacher.*128 tokens.* 320"),
         (stage("pretrain", 1), 'start = "{llama}"', "tokenizer has 300 tokens.*128"),
     ],
@@ -181,7 +184,7 @@ def test_merged_into_deepseek_v32(recipe: Make, tmp_path: Path) -> None:
 def test_mistakes(recipe: Make, tmp_path: Path, stages: str, model: str | None, message: str) -> None:
     """A run that starts, or fails with a traceback deep inside, where the recipe cannot work."""
     llama = tmp_path / "llama"
-    vocab = 320 if "no indexers" in message else 128
+    vocab = 320 if "no indexers" in message or "needs a teacher" in message else 128
     make_oracle("llama", llama, vocab_size=vocab)
     arguments = [model.format(llama=llama)] if model else []
     with pytest.raises(ValueError, match=message):
@@ -203,3 +206,71 @@ def test_bfloat16(recipe: Make) -> None:
     first, *_, last = [loss for update, loss, _ in losses(made.run.output) if update <= 12]
     assert first is not None and last is not None and last < 0.9 * first
     assert load_model(written).embed_tokens.weight.dtype == torch.bfloat16
+
+
+def test_evaluations_that_cannot_be_made(recipe: Make) -> None:
+    """A run that fails at its first evaluation, hours after its start."""
+    with pytest.raises(ValueError, match=r"passkey_lengths: 300.*256 positions"):
+        Trainer(recipe(stage("pretrain", 1), passkey_lengths=[64, 300]))
+    with pytest.raises(ValueError, match="sample = ''"):
+        Trainer(recipe(stage("pretrain", 1), sample=""))
+
+
+def die_after(monkeypatch: pytest.MonkeyPatch, made: Recipe, after: int) -> None:
+    """Run until the checkpoint of an update."""
+    save = Checkpoints.save
+
+    def save_and_die(self: Checkpoints, update: int, *args: Any) -> None:
+        save(self, update, *args)
+        if update == after:
+            raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(Checkpoints, "save", save_and_die)
+        Trainer(made).train()
+
+
+def test_bfloat16_killed_between_stages(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 copies made of the first random weights, which the next update would put in the place of all learned."""
+    model = 'config = "config.json"\ndtype = "bfloat16"'
+    stages = stage("pretrain", 2) + stage("finetune", 2)
+    whole, cut = (recipe(stages, model, output=name) for name in ("whole", "cut"))
+    Trainer(whole).train()
+    die_after(monkeypatch, cut, 2)
+    Trainer(cut).train()
+    assert losses(cut.run.output) == losses(whole.run.output)
+
+
+def test_a_changed_recipe(recipe: Make) -> None:
+    """A finished run, started again under a recipe of another length, that replaces its result by random weights."""
+    Trainer(recipe(stage("pretrain", 2) + stage("pretrain", 1))).train()
+    again = Trainer(recipe(stage("pretrain", 5) + stage("pretrain", 1)))
+    (written,) = again.train()
+    fresh = Trainer(recipe(stage("pretrain", 1), output="fresh"))
+    learned = load_model(written).embed_tokens.weight
+    assert not torch.equal(learned, fresh.decoder.embed_tokens.weight)
+    with pytest.raises(ValueError, match="further than this recipe"):
+        Trainer(recipe(stage("pretrain", 2))).train()
+
+
+def test_indexers_of_its_own(recipe: Make) -> None:
+    """Learned indexers that nothing is written of, since the base has them already."""
+    made = recipe(stage("warmup", 1))
+    assert Trainer(made).train() == [made.run.output / "model"]
+
+
+def test_what_cannot_be_written(recipe: Make, base: Path) -> None:
+    """A run of hours whose result cannot be written, which is only said at its end; a base's quantisation that is
+    written beside weights which no longer have it."""
+    start = f'start = "{base}"\n{INDEXER}'
+    made = recipe(stage("warmup", 1), start, output="new")
+    with pytest.raises(ValueError, match="sparse llama has no standard"):
+        Trainer(made).train(merge=True)
+    trainer = Trainer(recipe(stage("finetune", 1), start, output="new"))
+    trainer.model.raw_config = None  # as of a GGUF file
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        trainer.train()
+    assert not made.run.output.exists()
+    trainer.model.raw_config = json.loads((base / "config.json").read_text()) | {"quantization_config": {}}
+    written = trainer.train()[0]
+    assert "quantization_config" not in json.loads((written / "config.json").read_text())

@@ -66,7 +66,7 @@ def main() -> None:
 def _is_mistake(error: Exception) -> bool:
     """Whether what was asked, or a file, is wrong; anything else is our own bug and deserves its traceback."""
     jinja2 = sys.modules.get("jinja2")  # loaded once a model's chat template has been read
-    return isinstance(error, ValueError | OSError | _UsageError) or (
+    return isinstance(error, ValueError | OSError | FloatingPointError | _UsageError) or (
         jinja2 is not None and isinstance(error, jinja2.TemplateError)
     )
 

@@ -13,8 +13,8 @@ def with_indexers(
     """The model with an indexer beside every attention block.
 
     Index queries are projected from the query latent, or from the hidden state where there is none. They are turned as
-    attention's are, in half-split pairs: `rope_dim` of their dimensions (None: half of them), and with latent attention
-    as many as its own, which is what `deepseek_v32` means.
+    attention's are, in half-split pairs: `rope_dim` of their dimensions (None: half of them, or one less where that is
+    odd), and with latent attention as many as its own, which is what `deepseek_v32` means.
     Raises ValueError for a model that has indexers, or no attention, or attention windows, and for a rope_dim that the
     model cannot have.
     """
@@ -31,7 +31,7 @@ def with_indexers(
         elif isinstance(mixer, GQAConfig):
             if mixer.window is not None:
                 raise ValueError(f"{config.family} attends to windows of {mixer.window} tokens, which need no index")
-            rope = _rope(mixer.rope, head_dim // 2 if rope_dim is None else rope_dim)
+            rope = _rope(mixer.rope, head_dim // 4 * 2 if rope_dim is None else rope_dim)
             query_dim = config.hidden_size
         else:
             return block

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -42,8 +43,12 @@ def save_model(
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write tensors, views of larger ones as well, to a safetensors file."""
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    """Write tensors, views of larger ones as well, to a safetensors file. OSError where that fails."""
+    whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(whole, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(f"{file} could not be written: {error}") from None
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:

@@ -24,16 +24,10 @@ class Learner:
         indexers = indexer_parameters(decoder)
         self._freeze(decoder, indexers)
         named = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
-        if not named:
-            raise ValueError(f"a {stage.kind} stage has nothing to learn: the model has no indexers")
+        assert named
         self._learned = named
         self._masters = Masters(named)
         self.optimizers = self._optimizers(decoder, named, indexers)
-
-    @property
-    def teaches_base(self) -> bool:
-        """Whether anything but indexers learns."""
-        return (self.stage.learns or KINDS[self.stage.kind].learns) != "indexer"
 
     def _freeze(self, decoder: Decoder, indexers: set[nn.Parameter]) -> None:
         learns = self.stage.learns or KINDS[self.stage.kind].learns
@@ -83,7 +77,9 @@ class Learner:
         parameters = self._masters.take_gradients()
         norm = self._parallel.clip(parameters, stage.clip or float("inf"))
         if not norm.isfinite():
-            raise FloatingPointError(f"the gradient at step {step} of this {stage.kind} stage is {float(norm)}")
+            raise FloatingPointError(
+                f"the gradient at step {step} of this {stage.kind} stage is {float(norm)}: try a lower learning_rate"
+            )
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["highest"] * scale
@@ -119,6 +115,21 @@ def _first_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iterato
     yield "step", torch.tensor(0.0)
     yield "exp_avg", torch.zeros_like(parameter)
     yield "exp_avg_sq", torch.zeros_like(parameter)
+
+
+def teaches_base(stage: StageSettings) -> bool:
+    """Whether anything but indexers learns."""
+    return (stage.learns or KINDS[stage.kind].learns) != "indexer"
+
+
+def check_indexers(stage: StageSettings, indexed: bool) -> None:
+    """ValueError where a stage needs indexers and the model has none (`indexed` is False)."""
+    if indexed:
+        return
+    if not teaches_base(stage) or stage.kind in ("warmup", "sparse"):
+        raise ValueError(f"a {stage.kind} stage has nothing to learn: the model has no indexers")
+    if stage.kind == "distil" and stage.teacher is None:
+        raise ValueError("a distil stage needs a teacher: a model without indexers is its own dense form")
 
 
 def indexer_parameters(decoder: Decoder) -> set[nn.Parameter]:

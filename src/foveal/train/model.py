@@ -33,19 +33,35 @@ class TrainedModel:
     added: IndexerConfig | None
     """An indexer that the base does not have."""
 
+    def check_savable(self, *, base_learned: bool, merge: bool) -> None:
+        """ValueError where `save` could not write what such a run learns."""
+        if self.raw_config is None and self._writes_model(base_learned, merge):
+            raise ValueError(f"{self.base} has no config.json, so a model cannot be written, only an adapter")
+        if merge and self.added is None:
+            raise ValueError(f"merge: {self.base} gets no indexers from this recipe that could be merged")
+        if merge and self.added is not None and self.raw_config is not None:
+            merged_config(self.raw_config, self.decoder.config, self.added)
+
+    def _writes_model(self, base_learned: bool, merge: bool) -> bool:
+        # Indexers that the base has itself are a part of it.
+        return merge or base_learned or self.added is None
+
     def save(self, output: Path, tokenizer: Path, *, base_learned: bool, merge: bool) -> list[Path]:
-        """Write what was learned: model/ where the base's weights changed or `merge` is asked for, and adapter/ for
-        indexers that the base does not have. Returns what was written."""
+        """Write what was learned: model/ where the base's weights or its own indexers changed or `merge` is asked
+        for, and adapter/ for indexers that the base does not have. Returns what was written; OSError where that
+        fails."""
         written = []
         tensors = checkpoint_tensors(self.decoder)
-        if merge or base_learned:
-            if self.raw_config is None:
-                raise ValueError(f"{self.base} has no config.json, so a model cannot be written, only an adapter")
-            config, kept = self.raw_config, tensors
+        if self._writes_model(base_learned, merge):
+            assert self.raw_config is not None
+            # Of the base's stored weights, not of those written.
+            stored = ("torch_dtype", "quantization_config")
+            config, kept = {key: value for key, value in self.raw_config.items() if key not in stored}, tensors
             if self.added is not None and merge:
-                config = merged_config(self.raw_config, self.decoder.config, self.added)
+                config = merged_config(config, self.decoder.config, self.added)
             elif self.added is not None:
-                kept = {name: tensor for name, tensor in tensors.items() if name not in indexer_tensors(self.decoder)}
+                indexers = indexer_tensors(self.decoder)
+                kept = {name: tensor for name, tensor in tensors.items() if name not in indexers}
             save_model(kept, config, self.decoder.options.dtype, output / "model", tokenizer)
             written.append(output / "model")
         if self.added is not None and not merge:
@@ -81,7 +97,8 @@ def begin(settings: ModelSettings, seed: int) -> TrainedModel:
     views, stored = checkpoint_tensors(decoder), {tensor.name for tensor in checkpoint.tensors}
     if settings.indexer is not None:
         initialise_indexers(decoder, seed)
-        views = {name: view for name, view in views.items() if name in stored or name not in indexer_tensors(decoder)}
+        new = indexer_tensors(decoder).keys() - stored
+        views = {name: view for name, view in views.items() if name not in new}
     check(views, checkpoint.tensors)
     fill(views, checkpoint.tensors)
     if settings.adapter is not None:

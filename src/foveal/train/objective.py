@@ -68,7 +68,8 @@ class Objective:
         device = self._parallel.device
         packed = Batch.packed([ids.to(device) for ids in batch.sequences], collect=collect, dense=kind.dense)
         own, rows_t = self._parallel.share(packed)
-        watch = IndexLoss(torch.full((len(own.ids_T),), 1 / tokens, device=device)) if kind.index else None
+        indexed = kind.index and self._decoder.config.index_topk is not None
+        watch = IndexLoss(torch.full((len(own.ids_T),), 1 / tokens, device=device)) if indexed else None
         x_TD, collected = self._decoder.trunk(own, watch=watch)
         losses: dict[str, Tensor] = {}
         if self._learns_base:

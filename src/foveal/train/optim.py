@@ -100,10 +100,11 @@ def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 def matrices(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters that Muon is for: weights of linear layers and experts, not embeddings, routers and norms."""
+    """The parameters that Muon is for: weights of linear layers and experts, not embeddings, heads, routers and
+    norms."""
     found: set[nn.Parameter] = set()
-    for module in model.modules():
-        if isinstance(module, Linear):
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and name != "lm_head":
             found.add(module.weight)
         elif isinstance(module, Experts):
             found |= {module.gate_up_proj, module.down_proj}

@@ -81,6 +81,8 @@ class StageSettings:
             raise ValueError(f"micro_tokens = {micro}: expected a multiple of context = {self.context}")
         if self.tokens_per_step % micro:
             raise ValueError(f"tokens_per_step = {self.tokens_per_step}: expected a multiple of {micro}")
+        if self.learns == "indexer" and not KINDS[self.kind].index:
+            raise ValueError(f"learns = 'indexer': a {self.kind} stage has no loss for indexers")
         if self.teacher is not None and not KINDS[self.kind].distils:
             raise ValueError(f"teacher = {self.teacher!r}: a {self.kind} stage has none")
 
@@ -93,7 +95,9 @@ class RunSettings:
     seed: int = key("of weights and data", 0, at_least=0)
     checkpoint_minutes: float = key("between checkpoints", 5.0, above=0)
     keep_checkpoints: int = key("older ones are deleted", 2, at_least=1)
-    evaluate_every: int = key("steps between evaluations on held-out text; 0: at the end of each stage alone", 0)
+    evaluate_every: int = key(
+        "steps between evaluations on held-out text; 0: at the end of each stage alone", 0, at_least=0
+    )
     evaluate_tokens: int = key("held-out tokens of an evaluation; 0: none", 65536, at_least=0)
     passkey_lengths: tuple[int, ...] = key("lengths, in tokens, of passkey tasks at each evaluation", (), at_least=1)
     sample: str | None = key("a prompt to continue at each evaluation", None)

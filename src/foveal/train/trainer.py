@@ -15,7 +15,7 @@ from foveal.models.decoder import Decoder
 from foveal.train.checkpoints import Checkpoints, fill_from, progress_of
 from foveal.train.data import Corpus, Feed, data_cache, open_tokenizer
 from foveal.train.evaluation import Evaluator
-from foveal.train.learner import Learner
+from foveal.train.learner import Learner, check_indexers, teaches_base
 from foveal.train.model import TrainedModel, begin
 from foveal.train.objective import Objective
 from foveal.train.parallel import Parallel, check_context
@@ -60,6 +60,8 @@ class Trainer:
         self.model: TrainedModel = begin(recipe.model, self.run.seed)
         self._check_vocabulary()
         self._check_held_out()
+        for stage in recipe.stages:
+            check_indexers(stage, self.decoder.config.index_topk is not None)
         check_context(self.decoder.config, recipe.parallel, recipe.stages)
         self.parallel.shard(self.decoder)
         self.progress = Progress()
@@ -76,9 +78,12 @@ class Trainer:
 
         A SIGTERM or Ctrl-C ends the run after the current update, with a checkpoint, as a KeyboardInterrupt.
         """
+        base_learns = any(teaches_base(stage) for stage in self.recipe.stages)
+        self.model.check_savable(base_learned=base_learns, merge=merge)
         last = self._checkpoints.last()
         if last is not None:
             self.progress = Progress(**progress_of(last))
+            self._check_progress(last)
         total = sum(stage.steps for stage in self.recipe.stages)
         done = self.progress.update
         with self._report(total, done) as report, _stoppable() as stop:
@@ -88,7 +93,7 @@ class Trainer:
                 stage = self.recipe.stages[index]
                 self._stage(stage, last, report, stop)
                 last = None
-            if done == total and last is not None:  # everything was done before: only the result is written
+            if last is not None:  # everything was done before: only the result is written
                 fill_from(last, self._model_tensors())
         whole = self.parallel.gathered(self.decoder)
         if not self.parallel.leads:
@@ -106,6 +111,8 @@ class Trainer:
     def _stage(self, stage: StageSettings, last: Path | None, report: Quiet, stop: Interrupted) -> None:
         """One stage, from where the progress says."""
         progress, parallel = self.progress, self.parallel
+        if last is not None:  # before the learner, which copies what is narrower than float32
+            fill_from(last, self._model_tensors())
         learner = Learner(self.decoder, stage, parallel)
         objective = Objective(self.decoder, stage, parallel)
         evaluator = Evaluator(self.decoder, self.corpus, self.tokenizer, self.run, stage, parallel)
@@ -119,9 +126,9 @@ class Trainer:
         )
         if progress.feed is not None:
             feed.load_state_dict(progress.feed)
-        if last is not None:
-            fill_from(last, self._model_tensors() | (learner.tensors() if progress.step else {}))
-        progress.base_learned |= learner.teaches_base
+        if last is not None and progress.step:
+            fill_from(last, learner.tensors())
+        progress.base_learned |= teaches_base(stage)
         rows = (stage.micro_tokens or stage.context) // stage.context
         flops = training_flops(self.decoder.config, stage.context, dense=KINDS[stage.kind].dense)
         saved = time.monotonic()
@@ -180,6 +187,12 @@ class Trainer:
                 f"run.evaluate_tokens = {asked}, but no source has more than one document to hold out from"
             )
 
+    def _check_progress(self, last: Path) -> None:
+        """ValueError where the recipe has become shorter than what is done."""
+        stages, at = self.recipe.stages, self.progress
+        if at.stage > len(stages) or (at.stage < len(stages) and at.step >= stages[at.stage].steps):
+            raise ValueError(f"{last} is at step {at.step} of stage {at.stage}: further than this recipe goes")
+
     def _check_vocabulary(self) -> None:
         size, most = len(self.tokenizer), self.decoder.config.vocab_size
         if size > most:
@@ -187,6 +200,13 @@ class Trainer:
         longest = max(stage.context for stage in self.recipe.stages)
         if longest > self.decoder.config.max_positions:
             raise ValueError(f"context = {longest}, but the model has {self.decoder.config.max_positions} positions")
+        longest = max(self.run.passkey_lengths, default=0)
+        if longest > self.decoder.config.max_positions:
+            raise ValueError(
+                f"passkey_lengths: {longest}, but the model has {self.decoder.config.max_positions} positions"
+            )
+        if self.run.sample is not None and not self.tokenizer.encode(self.run.sample):
+            raise ValueError(f"sample = {self.run.sample!r} has no tokens to continue")
 
 
 @contextmanager
