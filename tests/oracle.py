@@ -47,6 +47,15 @@ _MLA = _BASE | {
 }
 _DSA = _MLA | {"index_n_heads": 16, "index_head_dim": 32, "index_topk": 12}
 
+_RECURRENT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _BASE,
     "llama-linear": _BASE | {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 10000.0}},
@@ -103,6 +112,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "mamba_d_state": 8,
         "mamba_dt_rank": 6,
+    },
+    "mamba": _RECURRENT | {"state_size": 8, "time_step_rank": 6},
+    "mamba-biased": _RECURRENT
+    | {"conv_kernel": 3, "use_bias": True, "use_conv_bias": False, "tie_word_embeddings": False},
+    "mamba2": _RECURRENT | {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 12, "chunk_size": 16},
+    "mamba2-biased": _RECURRENT
+    | {
+        "num_heads": 4,
+        "head_dim": 32,
+        "n_groups": 1,
+        "state_size": 8,
+        "use_bias": True,
+        "use_conv_bias": False,
+        "tie_word_embeddings": True,
     },
 }
 

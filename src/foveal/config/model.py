@@ -95,6 +95,44 @@ class MambaConfig:
     proj_bias: bool = False
     norms: bool = True
 
+    @property
+    def inputs_shape(self) -> tuple[int, int]:
+        """[W - 1, X]: what the convolution remembers of a sequence, in the model's dtype."""
+        return self.conv - 1, self.inner
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """[X, Y]: the state of a sequence, in float32."""
+        return self.inner, self.state
+
+
+@dataclass(frozen=True)
+class Mamba2Config:
+    """Mamba-2 (arXiv 2405.21060, section 7): one decay a head; groups of heads share B and C, and are normed alone."""
+
+    heads: int
+    head_dim: int
+    state: int
+    groups: int
+    conv: int
+    conv_bias: bool = True
+    proj_bias: bool = False
+
+    @property
+    def inner(self) -> int:
+        """Width of all heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def inputs_shape(self) -> tuple[int, int]:
+        """[W - 1, X]: what the convolution over x, B and C remembers of a sequence, in the model's dtype."""
+        return self.conv - 1, self.inner + 2 * self.groups * self.state
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """[H, P, Y]: the state of a sequence, in float32."""
+        return self.heads, self.head_dim, self.state
+
 
 @dataclass(frozen=True)
 class KDAConfig:
@@ -104,6 +142,16 @@ class KDAConfig:
     heads: int
     head_dim: int
     conv: int
+
+    @property
+    def inputs_shape(self) -> tuple[int, int]:
+        """[W - 1, X]: what the convolutions over q, k and v remember of a sequence, in the model's dtype."""
+        return self.conv - 1, 3 * self.heads * self.head_dim
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """[H, P, P]: the state of a sequence, in float32."""
+        return self.heads, self.head_dim, self.head_dim
 
 
 @dataclass(frozen=True)
@@ -151,7 +199,9 @@ class MoEConfig:
             raise ValueError(f"config.json: {self.per_token} experts a token cannot come from {self.experts} experts")
 
 
-MixerConfig = GQAConfig | MLAConfig | MambaConfig | KDAConfig
+RecurrentConfig = MambaConfig | Mamba2Config | KDAConfig
+"""Mixers that keep a state of constant size instead of something for each token."""
+MixerConfig = GQAConfig | MLAConfig | RecurrentConfig
 FeedForwardConfig = MLPConfig | MoEConfig
 OperationConfig = MixerConfig | FeedForwardConfig
 

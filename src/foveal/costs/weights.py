@@ -12,6 +12,7 @@ from foveal.config.model import (
     GQAConfig,
     IndexerConfig,
     KDAConfig,
+    Mamba2Config,
     MambaConfig,
     MixerConfig,
     MLAConfig,
@@ -82,6 +83,8 @@ def _mixer(mixer: MixerConfig, hidden: int) -> Iterator[Weight]:
         return _mla(mixer, hidden)
     if isinstance(mixer, MambaConfig):
         return _mamba(mixer, hidden)
+    if isinstance(mixer, Mamba2Config):
+        return _mamba2(mixer, hidden)
     return _kda(mixer, hidden)
 
 
@@ -150,6 +153,23 @@ def _mamba(mamba: MambaConfig, hidden: int) -> Iterator[Weight]:
     if mamba.norms:
         for name, size in (("dt_layernorm", rank), ("b_layernorm", state), ("c_layernorm", state)):
             yield _vector("recurrence", name, size)
+
+
+def _mamba2(mamba: Mamba2Config, hidden: int) -> Iterator[Weight]:
+    """In D -> 2 X + 2 G Y + H, convolution (X + 2 G Y) W, norm X, out X -> D; A, D and the bias of dt [H] (arXiv
+    2405.21060, section 7)."""
+    mixed = mamba.inputs_shape[1]
+    yield Weight("recurrence", "in_proj", mamba.inner + mixed + mamba.heads, hidden)
+    yield Weight("recurrence", "conv1d", mixed, mamba.conv, storage="plain")
+    yield _vector("recurrence", "norm", mamba.inner)
+    yield Weight("recurrence", "out_proj", hidden, mamba.inner)
+    for name in ("A_log", "D", "dt_bias"):
+        yield _vector("recurrence", name, mamba.heads, storage="float32")
+    if mamba.conv_bias:
+        yield _vector("recurrence", "conv1d.bias", mixed)
+    if mamba.proj_bias:
+        yield _vector("recurrence", "in_proj.bias", mamba.inner + mixed + mamba.heads)
+        yield _vector("recurrence", "out_proj.bias", hidden)
 
 
 def _kda(kda: KDAConfig, hidden: int) -> Iterator[Weight]:

@@ -11,7 +11,16 @@ from torch.utils.checkpoint import checkpoint
 from foveal.cache.layouts import BlockCache
 from foveal.cache.store import CacheStore, resolve_index_dtype
 from foveal.config import ModelConfig
-from foveal.config.model import BlockConfig, GQAConfig, LayerConfig, MambaConfig, MLAConfig, MLPConfig, MoEConfig
+from foveal.config.model import (
+    BlockConfig,
+    GQAConfig,
+    LayerConfig,
+    Mamba2Config,
+    MambaConfig,
+    MLAConfig,
+    MLPConfig,
+    MoEConfig,
+)
 from foveal.kernels import QuantisedWeight, linear, pack_weight, quantise_weight
 from foveal.kernels.cpu.block import AnyBlock
 from foveal.nn.batch import Batch
@@ -20,6 +29,7 @@ from foveal.nn.gqa import GQA
 from foveal.nn.indexer import Indexer
 from foveal.nn.linear import Linear
 from foveal.nn.mamba import Mamba
+from foveal.nn.mamba2 import Mamba2
 from foveal.nn.mixer import Mixer
 from foveal.nn.mla import MLA
 from foveal.nn.mlp import MLP
@@ -235,6 +245,8 @@ def _operation(block: BlockConfig, config: ModelConfig, options: Options) -> nn.
         return MLA(operation, hidden, dtype, options.mla_form)
     if isinstance(operation, MambaConfig):
         return Mamba(operation, hidden, eps, dtype)
+    if isinstance(operation, Mamba2Config):
+        return Mamba2(operation, hidden, eps, dtype)
     if isinstance(operation, MoEConfig):
         return MoE(operation, hidden, dtype)
     assert isinstance(operation, MLPConfig)

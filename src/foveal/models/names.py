@@ -8,12 +8,19 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from foveal.config import weight_names
-from foveal.config.model import GQAConfig, MambaConfig, MLAConfig, MLPConfig, MoEConfig
+from foveal.config.model import GQAConfig, Mamba2Config, MambaConfig, MLAConfig, MLPConfig, MoEConfig
 from foveal.models.decoder import Block, Decoder, Layer
 from foveal.nn.linear import FusedLinear
 from foveal.nn.moe import Experts
 
-_KINDS = {GQAConfig: "gqa", MLAConfig: "mla", MambaConfig: "mamba", MLPConfig: "mlp", MoEConfig: "moe"}
+_KINDS = {
+    GQAConfig: "gqa",
+    MLAConfig: "mla",
+    MambaConfig: "mamba",
+    Mamba2Config: "mamba2",
+    MLPConfig: "mlp",
+    MoEConfig: "moe",
+}
 
 
 def checkpoint_tensors(decoder: Decoder) -> dict[str, Tensor]:

@@ -20,6 +20,19 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+class GroupedRMSNorm(RMSNorm):
+    """RMS norm of each of several equal parts of the last dimension for itself."""
+
+    def __init__(self, size: int, groups: int, eps: float, *, dtype: torch.dtype) -> None:
+        super().__init__(size, eps, dtype=dtype)
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape and dtype."""
+        parts = x.unflatten(-1, (self.groups, -1))
+        return rms_norm(parts, torch.ones_like(parts[0, 0]), self.eps).flatten(-2) * self.weight
+
+
 class LayerNorm(nn.Module):
     """Layer norm with weight and bias in float32 whatever the model's dtype (the indexer's key norm)."""
 

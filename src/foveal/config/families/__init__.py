@@ -11,6 +11,7 @@ from foveal.config.families import (
     kimi_linear,
     llama,
     mamba,
+    mamba2,
     mistral,
     mixtral,
     qwen2,
@@ -28,10 +29,11 @@ FAMILIES: dict[str, ModuleType] = {
     "deepseek_v32": deepseek_v32,
     "glm_moe_dsa": glm_moe_dsa,
     "jamba": jamba,
+    "mamba": mamba,
+    "mamba2": mamba2,
 }
 
 PLANNED: dict[str, ModuleType] = {
-    "mamba": mamba,
     "kimi_linear": kimi_linear,
 }
 """Families whose configs are understood, so that costs can be told, and whose layers are not there yet."""
