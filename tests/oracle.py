@@ -1,11 +1,13 @@
 """Random tiny checkpoints made by transformers, the oracle that every family is compared with."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 VOCAB = 128
 YARN = {
@@ -54,6 +56,13 @@ _RECURRENT = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
+}
+
+_KIMI = {key: value for key, value in _MLA.items() if key not in ("q_lora_rank", "n_routed_experts")} | {
+    "num_hidden_layers": 5,
+    "num_experts": 8,
+    "linear_num_heads": 3,
+    "linear_head_dim": 20,
 }
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -113,6 +122,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "mamba_d_state": 8,
         "mamba_dt_rank": 6,
     },
+    "kimi_linear": _KIMI,
+    "kimi_linear-latent": _KIMI
+    | {
+        "q_lora_rank": 24,
+        "linear_attn_config": {
+            "full_attn_layers": [2, 4],
+            "kda_layers": [1, 3, 5],
+            "num_heads": 2,
+            "head_dim": 24,
+            "short_conv_kernel_size": 3,
+        },
+    },
     "mamba": _RECURRENT | {"state_size": 8, "time_step_rank": 6},
     "mamba-biased": _RECURRENT
     | {"conv_kernel": 3, "use_bias": True, "use_conv_bias": False, "tie_word_embeddings": False},
@@ -138,7 +159,20 @@ def make_oracle(name: str, folder: Path, seed: int = 0, **changes: Any) -> trans
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     randomise(model, seed)
     model.eval().save_pretrained(folder)
+    if name.startswith("kimi_linear"):
+        _as_released(folder)
     return model
+
+
+def _as_released(folder: Path) -> None:
+    """Dense layers under the name that released checkpoints of Kimi Linear have: transformers reads it, and saves them
+    as if they were experts."""
+    file = folder / "model.safetensors"
+    tensors = {
+        re.sub(r"block_sparse_moe\.(gate|up|down)_proj", r"mlp.\1_proj", name): tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(tensors, file, {"format": "pt"})
 
 
 @torch.no_grad()

@@ -240,6 +240,7 @@ FULL_SIZE = {
     "llama-3-70b": 1,
     "mistral-7b": 1,
     "jamba-1.5-large": 8,
+    "kimi-linear-48b": 4,
 }
 """Layers until every kind has been seen."""
 

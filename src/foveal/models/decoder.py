@@ -14,6 +14,7 @@ from foveal.config import ModelConfig
 from foveal.config.model import (
     BlockConfig,
     GQAConfig,
+    KDAConfig,
     LayerConfig,
     Mamba2Config,
     MambaConfig,
@@ -27,6 +28,7 @@ from foveal.nn.batch import Batch
 from foveal.nn.fused import Part, fuse
 from foveal.nn.gqa import GQA
 from foveal.nn.indexer import Indexer
+from foveal.nn.kda import KDA
 from foveal.nn.linear import Linear
 from foveal.nn.mamba import Mamba
 from foveal.nn.mamba2 import Mamba2
@@ -247,6 +249,8 @@ def _operation(block: BlockConfig, config: ModelConfig, options: Options) -> nn.
         return Mamba(operation, hidden, eps, dtype)
     if isinstance(operation, Mamba2Config):
         return Mamba2(operation, hidden, eps, dtype)
+    if isinstance(operation, KDAConfig):
+        return KDA(operation, hidden, eps, dtype)
     if isinstance(operation, MoEConfig):
         return MoE(operation, hidden, dtype)
     assert isinstance(operation, MLPConfig)

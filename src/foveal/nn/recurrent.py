@@ -1,5 +1,7 @@
 """What every recurrent mixer is: a short convolution, and a state that each token changes."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -49,3 +51,16 @@ class Convolution(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(inner, 1, width, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(inner, dtype=dtype)) if bias else None
+
+
+class FusedConvolution(Convolution):
+    """Convolutions over channels that stand side by side, as one; `parts` names them and their channels, in order."""
+
+    def __init__(self, parts: Mapping[str, int], width: int, *, dtype: torch.dtype) -> None:
+        super().__init__(sum(parts.values()), width, bias=False, dtype=dtype)
+        self.parts = dict(parts)
+
+
+def unit(x: Tensor) -> Tensor:
+    """x / sqrt(sum(x^2) + 1e-6) over the last dimension: keys and queries of the delta rule."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)

@@ -29,11 +29,7 @@ FAMILIES: dict[str, ModuleType] = {
     "deepseek_v32": deepseek_v32,
     "glm_moe_dsa": glm_moe_dsa,
     "jamba": jamba,
+    "kimi_linear": kimi_linear,
     "mamba": mamba,
     "mamba2": mamba2,
 }
-
-PLANNED: dict[str, ModuleType] = {
-    "kimi_linear": kimi_linear,
-}
-"""Families whose configs are understood, so that costs can be told, and whose layers are not there yet."""

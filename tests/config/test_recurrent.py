@@ -1,16 +1,12 @@
-"""Families that can be planned and not run, and the built-in facts."""
+"""Recurrent families and the built-in facts."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from foveal import load_model
 from foveal.config import read_config, weight_names
-from foveal.config.families import FAMILIES, PLANNED
 from foveal.config.model import KDAConfig, MambaConfig, MLAConfig, MLPConfig, MoEConfig
 from foveal.config.released import released, released_names
 
@@ -41,28 +37,12 @@ KIMI: dict[str, Any] = {
 MAMBA = {"model_type": "mamba", "vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 2}
 
 
-@pytest.mark.parametrize("name", PLANNED)
-def test_they_are_refused_where_a_model_is_to_run(name: str, tmp_path: Path) -> None:
-    """A model being loaded whose layers are not there: one line that says so."""
-    (tmp_path / "config.json").write_text(json.dumps(KIMI))
-    with pytest.raises(ValueError, match=f"'{name}' can be planned .* but not run yet"):
-        load_model(tmp_path)
-    assert read_config(tmp_path, to_run=False).family == name
-    assert name not in FAMILIES
-
-
-def test_an_unknown_family_is_refused_all_the_same() -> None:
-    """A plan that takes anything for a llama."""
-    with pytest.raises(ValueError, match=r"'gpt9' is not supported .*kimi_linear"):
-        read_config({"model_type": "gpt9"}, to_run=False)
-
-
 @pytest.mark.parametrize("name", released_names())
 def test_built_in_facts_are_read(name: str) -> None:
     """A built-in model that no reader takes, or without a source."""
     facts = released(name)
     assert str(facts["_source"]).startswith("https://huggingface.co/")
-    assert read_config(facts, to_run=False).layers
+    assert read_config(facts).layers
 
 
 def test_an_unknown_name() -> None:
@@ -73,7 +53,7 @@ def test_an_unknown_name() -> None:
 
 def test_kimi_linear_as_released() -> None:
     """Layers counted from 0 instead of 1, rope where there is none, a dense layer with experts."""
-    config = read_config(released("kimi-linear-48b"), to_run=False)
+    config = read_config(released("kimi-linear-48b"))
     mixers = [layer[0].operation for layer in config.layers]
     latents = {number + 1: mixer for number, mixer in enumerate(mixers) if isinstance(mixer, MLAConfig)}
     assert list(latents) == [4, 8, 12, 16, 20, 24, 27]
@@ -89,7 +69,7 @@ def test_kimi_linear_as_released() -> None:
 
 def test_mamba_as_released() -> None:
     """Norms that only Jamba has, or a limit on positions that nothing counts."""
-    config = read_config(released("mamba-2.8b"), to_run=False)
+    config = read_config(released("mamba-2.8b"))
     assert config.layers == config.layers[:1] * 64 and len(config.layers[0]) == 1
     assert config.layers[0][0].operation == MambaConfig(inner=5120, state=16, conv=4, dt_rank=160, norms=False)
     assert config.tied_embeddings and config.norm_eps == 1e-5 and config.max_positions > 1 << 25
@@ -101,13 +81,13 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(raw: dict[str, Any]
     fields = {key: value for key, value in raw.items() if key != "model_type"}
     full = transformers.AutoConfig.for_model(raw["model_type"], **fields).to_dict()
     full.pop("linear_attn_config", None)
-    assert read_config(raw, to_run=False) == read_config(full, to_run=False)
+    assert read_config(raw) == read_config(full)
 
 
 def test_kimi_layers_without_a_pattern() -> None:
     """The layers that attend where a config does not say: transformers' choice."""
     raw = {key: value for key, value in KIMI.items() if key != "linear_attn_config"} | {"num_hidden_layers": 9}
-    layers = read_config(raw, to_run=False).layers
+    layers = read_config(raw).layers
     assert [number for number, layer in enumerate(layers) if isinstance(layer[0].operation, MLAConfig)] == [4, 8]
 
 
@@ -133,7 +113,7 @@ def test_kimi_layers_without_a_pattern() -> None:
 def test_refusals(raw: dict[str, Any], changes: dict[str, Any], culprit: str) -> None:
     """A field that changes the layers being ignored."""
     with pytest.raises(ValueError, match=culprit):
-        read_config(raw | changes, to_run=False)
+        read_config(raw | changes)
 
 
 @pytest.mark.parametrize("raw", [KIMI, MAMBA], ids=["kimi_linear", "mamba"])
