@@ -58,6 +58,18 @@ _RECURRENT = {
     "pad_token_id": 0,
 }
 
+_NEXT = _BASE | {
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 20,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 40,
+}
 _KIMI = {key: value for key, value in _MLA.items() if key not in ("q_lora_rank", "n_routed_experts")} | {
     "num_hidden_layers": 5,
     "num_experts": 8,
@@ -121,6 +133,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "mamba_d_state": 8,
         "mamba_dt_rank": 6,
+    },
+    "qwen3_next": _NEXT,
+    "qwen3_next-dense": _NEXT
+    | {
+        "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [1],
+        "attention_bias": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
+        "linear_num_key_heads": 4,
+        "linear_conv_kernel_dim": 3,
+        "norm_topk_prob": False,
+        "tie_word_embeddings": True,
     },
     "kimi_linear": _KIMI,
     "kimi_linear-latent": _KIMI
@@ -201,6 +226,8 @@ def as_v4(folder: Path) -> None:
     rope = config.pop("rope_parameters", None)
     if rope:
         config["rope_theta"] = rope.pop("rope_theta", 10000.0)
+        if "partial_rotary_factor" in rope:
+            config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
         config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     indexers = config.pop("indexer_types", None)
     if indexers and "index_topk_freq" not in config:

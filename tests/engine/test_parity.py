@@ -43,8 +43,8 @@ def greedy(model: transformers.PreTrainedModel, prompt: list[int]) -> list[int]:
 
 
 def logits(model: transformers.PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """The oracle's. Kimi Linear's token by token: its chunks lose small decays behind large ones, to 3e-4."""
-    if model.config.model_type != "kimi_linear":
+    """The oracle's. Delta rules token by token: its chunks lose small decays behind large ones, up to 3e-4."""
+    if model.config.model_type not in ("kimi_linear", "qwen3_next"):
         return model(ids).logits
     past, parts = None, []
     for column in ids.split(1, 1):

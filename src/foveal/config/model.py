@@ -48,6 +48,10 @@ class GQAConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: bool = False
+    centred_norms: bool = False
+    """The norms of queries and keys multiply by 1 + weight."""
+    gated: bool = False
+    """The query projection also makes a gate for each number of a head's output (Qwen3-Next)."""
     window: int | None = None
     """A query sees itself and the window - 1 tokens before it; None: every earlier token."""
 
@@ -155,6 +159,28 @@ class KDAConfig:
 
 
 @dataclass(frozen=True)
+class GatedDeltaConfig:
+    """The gated delta rule (arXiv 2412.06464) behind a short convolution on q, k and v, as in Qwen3-Next: each key head
+    serves as many of the `heads` value heads as follow one another."""
+
+    heads: int
+    key_heads: int
+    key_dim: int
+    value_dim: int
+    conv: int
+
+    @property
+    def inputs_shape(self) -> tuple[int, int]:
+        """[W - 1, X]: what the convolution over q, k and v remembers of a sequence, in the model's dtype."""
+        return self.conv - 1, 2 * self.key_heads * self.key_dim + self.heads * self.value_dim
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """[H, P, V]: the state of a sequence, in float32."""
+        return self.heads, self.key_dim, self.value_dim
+
+
+@dataclass(frozen=True)
 class MLPConfig:
     """Gated feed-forward: down(act(gate(x)) * up(x))."""
 
@@ -189,6 +215,8 @@ class MoEConfig:
     hidden: int
     router: RouterConfig
     shared_hidden: int = 0
+    shared_gate: bool = False
+    """The shared expert's output is multiplied by a sigmoid of the token (Qwen2-MoE)."""
     activation: str = "silu"
     bias: bool = False
     """Biases in the shared expert (the routed ones never have any)."""
@@ -199,7 +227,7 @@ class MoEConfig:
             raise ValueError(f"config.json: {self.per_token} experts a token cannot come from {self.experts} experts")
 
 
-RecurrentConfig = MambaConfig | Mamba2Config | KDAConfig
+RecurrentConfig = MambaConfig | Mamba2Config | GatedDeltaConfig | KDAConfig
 """Mixers that keep a state of constant size instead of something for each token."""
 MixerConfig = GQAConfig | MLAConfig | RecurrentConfig
 FeedForwardConfig = MLPConfig | MoEConfig
@@ -240,6 +268,8 @@ class ModelConfig:
     layers: tuple[LayerConfig, ...]
     norm_eps: float
     max_positions: int
+    centred_norms: bool = False
+    """The norms before blocks and head multiply by 1 + weight."""
     tied_embeddings: bool = False
     dtype: str = "float32"
     """The dtype the checkpoint is meant to run in, by its torch name."""

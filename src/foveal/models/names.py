@@ -9,7 +9,16 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from foveal.config import weight_names
-from foveal.config.model import GQAConfig, KDAConfig, Mamba2Config, MambaConfig, MLAConfig, MLPConfig, MoEConfig
+from foveal.config.model import (
+    GatedDeltaConfig,
+    GQAConfig,
+    KDAConfig,
+    Mamba2Config,
+    MambaConfig,
+    MLAConfig,
+    MLPConfig,
+    MoEConfig,
+)
 from foveal.models.decoder import Block, Decoder, Layer
 from foveal.nn.linear import FusedLinear
 from foveal.nn.moe import Experts
@@ -20,6 +29,7 @@ _KINDS = {
     MLAConfig: "mla",
     MambaConfig: "mamba",
     Mamba2Config: "mamba2",
+    GatedDeltaConfig: "gated_delta",
     KDAConfig: "kda",
     MLPConfig: "mlp",
     MoEConfig: "moe",

@@ -8,16 +8,21 @@ from foveal.kernels import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467); `centred`: * (1 + weight)."""
 
-    def __init__(self, size: int, eps: float, *, dtype: torch.dtype) -> None:
+    def __init__(self, size: int, eps: float, *, dtype: torch.dtype, centred: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size, dtype=dtype))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(size, dtype=dtype) if centred else torch.ones(size, dtype=dtype))
+        self.eps, self.centred = eps, centred
+
+    @property
+    def scale(self) -> Tensor:
+        """What is multiplied with: 1 + weight would lose digits in 16 bits."""
+        return 1 + self.weight.float() if self.centred else self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype."""
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.scale, self.eps)
 
 
 class GroupedRMSNorm(RMSNorm):

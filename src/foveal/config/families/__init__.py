@@ -16,6 +16,7 @@ from foveal.config.families import (
     mixtral,
     qwen2,
     qwen3,
+    qwen3_next,
 )
 
 FAMILIES: dict[str, ModuleType] = {
@@ -29,6 +30,7 @@ FAMILIES: dict[str, ModuleType] = {
     "deepseek_v32": deepseek_v32,
     "glm_moe_dsa": glm_moe_dsa,
     "jamba": jamba,
+    "qwen3_next": qwen3_next,
     "kimi_linear": kimi_linear,
     "mamba": mamba,
     "mamba2": mamba2,

@@ -37,6 +37,8 @@ class WeightNames:
         default_factory=lambda: {"gqa": "self_attn", "mla": "self_attn", "mlp": "mlp", "moe": "mlp"}
     )
     indexer: str = "self_attn.indexer"
+    prediction: str | None = None
+    """Where multi-token-prediction layers stand, if not behind the others."""
     renames: tuple[tuple[str, str], ...] = ()
 
 
