@@ -95,6 +95,17 @@ def test_hybrids_by_their_layers() -> None:
     assert mamba.bytes_per_token == 0 and mamba.sequence_bytes(1) == mamba.sequence_bytes(10**6) == mamba.state_bytes
 
 
+def test_jamba_at_256k() -> None:
+    """The published sizes of the attention cache at 256K (arXiv 2408.12570): 4 GiB for 1.5-Mini, 9 GiB for
+    1.5-Large; and float32 states beside it that do not grow."""
+    large = released("jamba-1.5-large")
+    mini = large | {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 14336}
+    for raw, attention, state in ((mini, 4, 15.3), (large, 9, 68.9)):
+        cost = cost_of(read_config(raw), "bfloat16")
+        assert cost.sequence_bytes(1 << 18) - cost.state_bytes == attention << 30
+        assert cost.state_bytes / (1 << 20) == pytest.approx(state, abs=0.05)
+
+
 @pytest.mark.parametrize("name", ["kimi_linear", "mamba"])
 def test_states_of_recurrent_families(name: str) -> None:
     """States of another shape than transformers keeps (which holds one input of the convolution more)."""
