@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from foveal.config import read_config, weight_names
-from foveal.config.model import KDAConfig, MambaConfig, MLAConfig, MLPConfig, MoEConfig
+from foveal.config.model import GatedDeltaConfig, GQAConfig, KDAConfig, MambaConfig, MLAConfig, MLPConfig, MoEConfig
 from foveal.config.released import released, released_names
 
 KIMI: dict[str, Any] = {
@@ -35,6 +35,17 @@ KIMI: dict[str, Any] = {
     },
 }
 MAMBA = {"model_type": "mamba", "vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 2}
+MAMBA2 = MAMBA | {"model_type": "mamba2", "num_heads": 8, "head_dim": 16}
+NEXT: dict[str, Any] = {
+    "model_type": "qwen3_next",
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}
+ALL = {raw["model_type"]: raw for raw in (KIMI, MAMBA, MAMBA2, NEXT)}
 
 
 @pytest.mark.parametrize("name", released_names())
@@ -75,7 +86,7 @@ def test_mamba_as_released() -> None:
     assert config.tied_embeddings and config.norm_eps == 1e-5 and config.max_positions > 1 << 25
 
 
-@pytest.mark.parametrize("raw", [KIMI, MAMBA], ids=["kimi_linear", "mamba"])
+@pytest.mark.parametrize("raw", ALL.values(), ids=ALL)
 def test_what_a_config_leaves_out_is_what_transformers_takes(raw: dict[str, Any]) -> None:
     """A default that is not the family's, and the fields that transformers v5 writes instead of a dictionary."""
     fields = {key: value for key, value in raw.items() if key != "model_type"}
@@ -108,6 +119,16 @@ def test_kimi_layers_without_a_pattern() -> None:
         (MAMBA, {"rms_norm": False}, "'rms_norm' = False"),
         (MAMBA, {"state_size": 0}, "'state_size'"),
         (MAMBA, {"unheard_of": 1}, "'unheard_of' = 1"),
+        (MAMBA2, {"num_heads": 7}, "7 heads of 16 in 8 groups"),
+        (MAMBA2, {"n_groups": 3}, "8 heads of 16 in 3 groups"),
+        (MAMBA2, {"time_step_limit": [0.0, 1.0]}, "'time_step_limit' = "),
+        (MAMBA2, {"norm_before_gate": True}, "'norm_before_gate' = True"),
+        (NEXT, {"linear_num_value_heads": 24}, "linear_num_value_heads 24"),
+        (NEXT, {"partial_rotary_factor": 1.5}, "'partial_rotary_factor'"),
+        (NEXT, {"partial_rotary_factor": 0.5, "rope_scaling": {"partial_rotary_factor": 0.25}}, "'partial_rotary"),
+        (NEXT, {"layer_types": ["full_attention"]}, "'layer_types' must be 4"),
+        (NEXT, {"mlp_only_layers": "all"}, "'mlp_only_layers'"),
+        (NEXT, {"use_sliding_window": True}, "'use_sliding_window' = True"),
     ],
 )
 def test_refusals(raw: dict[str, Any], changes: dict[str, Any], culprit: str) -> None:
@@ -116,7 +137,7 @@ def test_refusals(raw: dict[str, Any], changes: dict[str, Any], culprit: str) ->
         read_config(raw | changes)
 
 
-@pytest.mark.parametrize("raw", [KIMI, MAMBA], ids=["kimi_linear", "mamba"])
+@pytest.mark.parametrize("raw", ALL.values(), ids=ALL)
 def test_checkpoint_names(raw: dict[str, Any]) -> None:
     """Names that transformers' own modules do not have: the embedding, the norms, a mixer in each layer."""
     fields = {key: value for key, value in raw.items() if key != "model_type"}
@@ -126,6 +147,20 @@ def test_checkpoint_names(raw: dict[str, Any]) -> None:
     names = weight_names(raw["model_type"])
     wanted = [names.embedding, names.final_norm, *(f"{names.layer.format(0)}.{norm}" for norm in names.norms)]
     assert {f"{name}.weight" for name in wanted} <= stored.keys()
-    for kind in names.operations.keys() & {"kda", "mla", "mamba"}:
+    for kind in names.operations.keys() & {"kda", "mla", config.model_type}:
         at = f"{names.layer.format(1)}.{names.operations[kind]}."
         assert any(name.startswith(at) for name in stored)
+
+
+def test_qwen3_next_as_released() -> None:
+    """Sizes, a share of turned dimensions, or a pattern other than the release's (Qwen3-Next-80B-A3B)."""
+    raw = NEXT | {"num_hidden_layers": 8, "head_dim": 256, "partial_rotary_factor": 0.25, "full_attention_interval": 4}
+    config = read_config(raw | {"rope_theta": 10000000, "rope_scaling": None, "norm_topk_prob": True})
+    mixers = [layer[0].operation for layer in config.layers]
+    assert [place for place, mixer in enumerate(mixers) if isinstance(mixer, GQAConfig)] == [3, 7]
+    attention, delta, experts = mixers[3], mixers[0], config.layers[0][1].operation
+    assert isinstance(attention, GQAConfig) and attention.rope and attention.gated and attention.qk_norm
+    assert (attention.rope.dim, attention.rope.theta) == (64, 1e7)
+    assert delta == GatedDeltaConfig(heads=32, key_heads=16, key_dim=128, value_dim=128, conv=4)
+    assert isinstance(experts, MoEConfig) and experts.shared_gate and experts.router.normalise
+    assert config.centred_norms and attention.centred_norms

@@ -18,11 +18,13 @@ class RMSNorm(nn.Module):
     @property
     def scale(self) -> Tensor:
         """What is multiplied with: 1 + weight would lose digits in 16 bits."""
-        return 1 + self.weight.float() if self.centred else self.weight
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        return 1 + self.weight.to(wide) if self.centred else self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype."""
-        return rms_norm(x, self.scale, self.eps)
+        scale = self.scale
+        return rms_norm(x.to(scale.dtype), scale, self.eps).to(x.dtype)
 
 
 class GroupedRMSNorm(RMSNorm):
