@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 EXTRAS_demo :=
 EXTRAS_test := [test]
 EXTRAS_lint := [lint]
+# Types and style need no compiled kernels.
+FLAGS_lint := -C wheel.cmake=false
 
 .PHONY: help demo test lint format emulated clean
 .SECONDARY:
@@ -49,5 +51,5 @@ $(BIN)/python:
 # One stamp for each set of extras, so that a second run installs only after pyproject.toml has changed.
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 	@echo "Installing foveal ($*) into $(VENV); the first time this takes a minute or two"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(EXTRAS_$*)'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(FLAGS_$*) --editable '.$(EXTRAS_$*)'
 	@touch $@

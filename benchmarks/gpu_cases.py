@@ -106,15 +106,11 @@ def latent_sources(sizes: Sizes, contexts: Contexts, *, fp8: bool, device: torch
     count = (1 + len(contexts.lengths) * -(-sizes.context // PAGE_SIZE)) * PAGE_SIZE
     if fp8:
         size = latent_bytes(sizes.rank, sizes.rope, "fp8")
-        records: Any = LatentRecords(
-            torch.empty(count, size, dtype=torch.uint8, device=device), sizes.rank, sizes.dtype
-        )
-        write = records.write
+        bytes_ = torch.empty(count, size, dtype=torch.uint8, device=device)
+        records: Any = LatentRecords(bytes_, sizes.rank, sizes.dtype)
+        _fill(records.write, count, width, sizes.dtype, device)
     else:
-        records = Rows(torch.empty(count, width, dtype=sizes.dtype, device=device))
-        write = records.values.index_copy_
-        write = lambda rows, x: records.values.index_copy_(0, rows, x)  # noqa: E731
-    _fill(write, count, width, sizes.dtype, device)
+        records = Rows(torch.randn(count, width, dtype=sizes.dtype, device=device))
     keys = KeySource(OneHead(records), contexts)
     return keys, KeySource(Columns(keys.records, sizes.rank), contexts)
 

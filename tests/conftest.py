@@ -8,6 +8,8 @@ import pytest
 # Before torch loads: pytest-xdist already runs a process a core, and more threads only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Triton's interpreter runs the GPU kernels on the CPU. Read when Triton is imported, which parts of torch do.
+os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -75,6 +75,14 @@ def test_mistakes(run: Any, recipe: Path, overrides: list[str], message: str) ->
     assert not (recipe.parent / "run").exists()
 
 
+def test_nothing_to_hold_out(run: Any, recipe: Path) -> None:
+    """Finding out after hours of training that there is no text to evaluate on."""
+    (recipe.parent / "text.txt").write_text("One document alone. " * 50)
+    result = run("train", str(recipe))
+    assert result.code == 2 and "evaluate_tokens = 64" in result.err and result.err.count("\n") == 1
+    assert not (recipe.parent / "run").exists()
+
+
 def test_no_recipe(run: Any, tmp_path: Path) -> None:
     """A missing file or argument that ends in a traceback."""
     assert run("train").code == 2

@@ -110,6 +110,18 @@ def test_dynamic_rope_shares_prefixes_only_where_keys_are_equal() -> None:
     assert hits == [0, 128, 0, 192, 0, 128]
 
 
+def test_salts_keep_prefixes_apart() -> None:
+    """Guards against one tenant's request finding what another's has computed, with and without `dynamic` rope."""
+    for plain_rope in (None, 1000):
+        world = make_world(plain_rope=plain_rope)
+        hits = []
+        for salt in (None, "a", "a", "b", None):
+            one = request("x", 200)
+            one.cache_salt = salt
+            hits.append(world.run(one)["x"].num_cached_tokens)
+        assert hits == [0, 0, 192, 0, 192]
+
+
 @pytest.mark.parametrize("length", [10, 64, 100])
 @pytest.mark.parametrize("slots", [0, 9])
 def test_n_completions_share_the_prompt(length: int, slots: int) -> None:

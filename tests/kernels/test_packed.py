@@ -82,6 +82,23 @@ def test_finite_differences() -> None:
     assert torch.autograd.gradcheck(run, (q, k, v))
 
 
+def test_some_sequences() -> None:
+    """Rows of the other sequences: a batch's short ones take another form, so the long ones come alone, and their rows
+    do not begin at 0. Two parts of one sequence may also share their rows."""
+    lengths, starts = [5, 30, 18], [5, 20, 20]
+    contexts = Contexts(tuple(lengths), tuple(starts))
+    counts = [3, 4, 2]
+    queries, selection = make_queries(counts, lengths), random_selection(counts, lengths, 4)
+    q, k, v = leaves((sum(counts), 6, 8), (64, 2, 8), (64, 2, 5))
+    keys, values = KeySource(Rows(k), contexts), KeySource(Rows(v), contexts)
+    outs = [
+        sparse_attention(q, keys, values, selection, queries, scale=0.3, version=version)
+        for version in ("recomputed", "reference")
+    ]
+    torch.testing.assert_close(*outs, rtol=1e-9, atol=1e-11)
+    same_gradients(*outs, [q, k, v])
+
+
 def test_nothing_selected() -> None:
     """A query without any entry giving NaN, forward or backward."""
     q, k, v = leaves((2, 2, 3), (2, 1, 3), (2, 1, 3))

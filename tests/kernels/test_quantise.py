@@ -62,7 +62,7 @@ def paged(length: int) -> tuple[Tensor, Contexts]:
     return rows, Contexts.paged(pages[None], [length])
 
 
-@pytest.mark.parametrize("version", ["reference", *select.versions[1:]])
+@pytest.mark.parametrize("version", [name for name in select.versions if name != "triton"])
 @pytest.mark.parametrize("stored", ["fp8", "int8"])
 @pytest.mark.parametrize("consecutive", [True, False])
 def test_selection_equals_the_transcription(

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 from words import PRE, SPECIAL, byte_level, sentencepiece
 
-from foveal.models.tokenizer import load_tokenizer
+from foveal.models.tokenizer import load_tokenizer, token_bytes
 
 TEXTS = [
     "the cat sat",
@@ -157,6 +157,18 @@ def test_a_directory_with_a_tokenizer_config(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.eos_token == "<unk>"
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
+
+
+@pytest.mark.parametrize(("make", "before"), [(lambda: byte_level("gpt-2"), b""), (sentencepiece, b" ")])
+def test_the_bytes_of_tokens_add_up_to_the_text(make: Any, before: bytes, tmp_path: Path) -> None:
+    """Guards against spaces and halves of characters that get lost where tokens are looked at one by one."""
+    tokenizer = load_tokenizer(directory(tmp_path, make()))
+    to_bytes = token_bytes(tokenizer)
+    text = "the cat  sat, naïve 😀 日本"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert b"".join(to_bytes(token) for token in ids) == before + text.encode()
+    assert to_bytes(tokenizer.convert_tokens_to_ids("<eos>")) == b"<eos>"
+    assert to_bytes(10**6) == b""
 
 
 def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path) -> None:

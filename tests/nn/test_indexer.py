@@ -45,7 +45,7 @@ def test_scores(heads: int, head_dim: int, interleaved: bool, stored: str) -> No
     of ReLU, head weights and scales."""
     module = indexer(heads, head_dim, stored, interleaved=interleaved)
     x, latent = torch.randn(TOKENS, HIDDEN), torch.randn(TOKENS, LATENT)
-    step = Step.of(Batch.packed([torch.zeros(TOKENS, dtype=torch.int64)]))
+    step = Step(Batch.packed([torch.zeros(TOKENS, dtype=torch.int64)]))
     keys = module._keys(x, step, None).context(0, 0, TOKENS)
     result = index_scores(*module.query(x, latent, step.turns(module.config.rope)), keys)
 

@@ -56,7 +56,7 @@ def test_the_oracle_chooses_what_attention_looks_at(family: str, tmp_path: Path)
     ids = torch.randint(3, 128, (2, 60), generator=torch.Generator().manual_seed(0))
     shares_SNN = oracle(ids, output_attentions=True).attentions[0].mean(1)
     block = next(module for module in model.modules() if isinstance(module, Block))
-    step = Step.of(Batch.packed(ids))
+    step = Step(Batch.packed(ids))
     h_TD = block.norm(model.embed_tokens(step.batch.ids_T))
     selection_TK = Oracle(9, block.operation)(h_TD, block.operation.query_latent(h_TD), step, None)
     assert selection_TK is not None and selection_TK.dtype == torch.int32
@@ -67,12 +67,12 @@ def test_the_oracle_chooses_what_attention_looks_at(family: str, tmp_path: Path)
 
 def test_nothing_is_selected_where_everything_fits() -> None:
     """The contract of `Indexer.forward`."""
-    step = Step.of(Batch.packed([torch.arange(10), torch.arange(4)]))
+    step = Step(Batch.packed([torch.arange(10), torch.arange(4)]))
     nothing = torch.zeros(14, 1)
     assert Recency(10)(nothing, nothing, step, None) is None
     selection_TK = Random(9, seed=0)(nothing, nothing, step, None)
     assert selection_TK is not None and rows(selection_TK)[10:] == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
-    dense = Step.of(Batch.packed([torch.arange(10)], dense=True))
+    dense = Step(Batch.packed([torch.arange(10)], dense=True))
     assert Recency(3)(nothing[:10], nothing[:10], dense, None) is None
 
 

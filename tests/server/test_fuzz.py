@@ -142,7 +142,7 @@ async def _send_all(server: Server, bodies: list[tuple[str, bytes]]) -> Counter[
             assert "internal_error" not in answer.text, (path, body[:2000], answer.text)
             statuses[answer.status_code] += 1
 
-    async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+    async with httpx.AsyncClient(base_url=server.url, timeout=600) as http:
         await asyncio.gather(*[client(http) for _ in range(_CLIENTS)])
     return statuses
 

@@ -54,6 +54,17 @@ def test_completion_stream(client: openai.OpenAI, expected: str) -> None:
     assert len(events) > 3
 
 
+def test_usage_as_it_grows(client: openai.OpenAI) -> None:
+    """Guards the figures that load generators read from every event."""
+    options: Any = {"continuous_usage_stats": True}
+    for stream in (
+        client.completions.create(prompt=PROMPT, max_tokens=6, stream=True, stream_options=options, **GREEDY),
+        client.chat.completions.create(messages=MESSAGES, max_tokens=6, stream=True, stream_options=options, **GREEDY),
+    ):
+        counts = [event.usage.completion_tokens for event in stream if event.usage is not None]
+        assert counts == sorted(counts) and counts[-1] == 6 and counts[0] < 6
+
+
 def test_prompt_forms(client: openai.OpenAI, expected: str) -> None:
     """Guards against prompts taken apart or out of order: texts, token ids, lists of both."""
     ids = list(PROMPT.encode())

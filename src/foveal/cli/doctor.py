@@ -9,7 +9,7 @@ from typing import Any
 import foveal
 from foveal.cli.options import Json
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "huggingface_hub", "numpy")
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "huggingface_hub", "numpy", "triton")
 # What kernels can gain from: x86 names first, then Arm's.
 _CPU_FEATURES = (
     *("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8"),

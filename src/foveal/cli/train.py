@@ -23,7 +23,8 @@ def train(
 ) -> None:
     """Train a model, or the indexers that make one sparse.
 
-    A run that was stopped goes on from its last checkpoint when it is started again.
+    A run that was stopped goes on from its last checkpoint when it is started again. Several processes share a run
+    under torchrun: torchrun --nproc-per-node 4 --no-python foveal train RECIPE.toml.
     """
     from foveal.train.recipe import explain as explained
     from foveal.train.recipe import read_recipe
@@ -34,10 +35,18 @@ def train(
         return
     if recipe is None:
         raise typer.BadParameter("give a recipe, or --explain", param_hint="RECIPE.toml")
+    from foveal.train.parallel import join
     from foveal.train.trainer import Trainer
 
-    trainer = Trainer(read_recipe(recipe, Recipe, overrides or ()))
-    written = trainer.train(merge=merge)
+    settings = read_recipe(recipe, Recipe, overrides or ())
+    parallel = join(settings.parallel)
+    try:
+        trainer = Trainer(settings, parallel)
+        written = trainer.train(merge=merge)
+    finally:
+        parallel.leave()
+    if not parallel.leads:
+        return
     if as_json:
         progress = trainer.progress
         print(

@@ -16,9 +16,11 @@ from foveal.kernels.sparse import TILE_GATHER, check_selection, sparse_attention
 
 
 def rows_of(source: KeySource) -> Tensor:
-    """All rows of packed sequences, one after another, as one differentiable tensor."""
-    assert source.contexts.table_SB is None
-    return source.records.read(slice(0, sum(source.contexts.lengths)))
+    """All rows that packed sequences may name, from the first one on, as one differentiable tensor."""
+    contexts = source.contexts
+    assert contexts.table_SB is None
+    stop = max(start + length for start, length in zip(contexts.starts, contexts.lengths, strict=True))
+    return source.records.read(slice(0, stop))
 
 
 def learns(q_THP: Tensor, keys: KeySource, values: KeySource) -> bool:

@@ -94,7 +94,7 @@ def index_scores(q_tIJ: Tensor, weights_tI: Tensor, k_NJ: Tensor) -> Tensor:
     """sum_i weights(t, i) ReLU(q(t, i) . k(n)): float32 [t, n] of q [t, I, J] (any dtype), float32 weights [t, I] and
     k [n, J]."""
     count, heads, _ = q_tIJ.shape
-    products_tIN = (to_float32(q_tIJ).flatten(0, 1) @ k_NJ.T).relu_().unflatten(0, (count, heads))
+    products_tIN = (to_float32(q_tIJ).flatten(0, 1) @ to_float32(k_NJ).T).relu_().unflatten(0, (count, heads))
     return torch.bmm(weights_tI[:, None], products_tIN)[:, 0]
 
 

@@ -98,7 +98,7 @@ class Decoder(nn.Module):
         self, batch: Batch, cache: CacheStore | None = None, watch: Watch | None = None
     ) -> tuple[Tensor, dict[str, list[Any]]]:
         """What `step` computes before the head: [T, D], and what was collected."""
-        step = Step.of(batch, watch)
+        step = Step(batch, watch)
         x_TD = self.embed_tokens(batch.ids_T)
         if cache and self._parts and step.fusable:
             for part in self._parts:

@@ -54,7 +54,7 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
 @contextmanager
 def replacing(directory: Path) -> Iterator[Path]:
     """A new directory to write in, which takes the place of `directory` once everything in it is on disk."""
-    new, old = (directory.with_name(f".{directory.name}.{what}") for what in ("new", "old"))
+    new, old = new_beside(directory), directory.with_name(f".{directory.name}.old")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
@@ -69,6 +69,11 @@ def replacing(directory: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def new_beside(directory: Path) -> Path:
+    """Where `replacing` has people write."""
+    return directory.with_name(f".{directory.name}.new")
 
 
 def _flush(path: Path) -> None:

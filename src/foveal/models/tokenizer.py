@@ -43,7 +43,8 @@ def token_bytes(tokenizer: "PreTrainedTokenizerBase") -> Callable[[int], bytes]:
     get lost.
     """
     added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
-    kinds = str(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    kinds = str(json.loads(backend.to_str())["decoder"]) if backend else ""
     read = _byte_level_piece if "ByteLevel" in kinds else _fallback_piece
 
     def to_bytes(token: int) -> bytes:

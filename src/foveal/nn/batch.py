@@ -1,6 +1,6 @@
 """One forward, packed: `Batch` says which tokens of which sequences are computed and where their keys are."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -19,6 +19,17 @@ class StateSlots:
     slots_out: tuple[int, ...]
     fresh: tuple[bool, ...]
     """True: the sequence starts here, from a zero state; slots_in is not read."""
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Keys of this batch that other processes compute."""
+
+    gather: Callable[[Tensor], Tensor]
+    """From [T, ...], something of each of this batch's tokens, to the same of the tokens of all processes, in the order
+    of their sequences; differentiable."""
+    starts: tuple[int, ...]
+    """First of the gathered rows of each sequence."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,8 @@ class Batch:
     """What the caller wants to see besides the logits: "selection", "experts", "router"."""
     dense: bool = False
     """Sparse layers attend to everything; their indexers compute keys, and choose nothing."""
+    gathered: Gathered | None = None
+    """Without a cache: other processes have tokens of the same sequences. None: all keys are this batch's own."""
 
     @staticmethod
     def packed(
@@ -96,6 +109,8 @@ class Batch:
     @property
     def contexts(self) -> Contexts:
         """Where each sequence's keys are stored."""
+        if self.gathered is not None:
+            return Contexts(self.k_lengths, self.gathered.starts)
         if self.table_SB is None:
             return Contexts.packed(self.k_lengths)
         return Contexts.paged(self.table_SB, self.k_lengths)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from foveal.cache.layouts import BlockCache
 from foveal.config.formats import index_key_bytes
 from foveal.config.model import IndexerConfig
-from foveal.kernels import KeySource, Rows, apply_rope, quantise_index, select
+from foveal.kernels import KeySource, apply_rope, quantise_index, select
 from foveal.kernels.records import IndexKeyRecords
 from foveal.nn.linear import ExactLinear, Linear
 from foveal.nn.mixer import gather_queries
@@ -71,9 +71,9 @@ class Indexer(nn.Module):
             assert cache.index is not None
             return step.keep(cache.index, k_TJ)
         if isinstance(self.stored, torch.dtype):
-            return KeySource(Rows(k_TJ.to(self.stored)), step.contexts)
+            return step.keep(None, k_TJ.to(self.stored))
         with torch.no_grad():
-            return KeySource(IndexKeyRecords.of(k_TJ, self.stored), step.contexts)
+            return KeySource(IndexKeyRecords.of(step.gather(k_TJ), self.stored), step.contexts)
 
     def query(self, x_TD: Tensor, latent_TX: Tensor, turns_TR: Tensor) -> tuple[Tensor, Tensor]:
         """Index queries [T, I, J], of the kind that keys are stored as, and head weights, float32 [T, I], all scales

@@ -1,5 +1,6 @@
 """Mixture of experts: a router, routed experts, and a shared one."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +71,9 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """The routed experts' weights, stacked."""
 
+    compute: Callable[..., Tensor] = experts
+    """Replaced where processes divide the experts among them."""
+
     def __init__(self, experts: int, hidden_size: int, hidden: int, activation: str, dtype: torch.dtype) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * hidden, hidden_size, dtype=dtype))
@@ -81,7 +85,7 @@ class Experts(nn.Module):
     def forward(self, x_TD: Tensor, weights_TA: Tensor, chosen_TA: Tensor) -> Tensor:
         """[T, D] -> [T, D], the weighted sum over each token's experts."""
         gate_up, down = self.quantised or self._packed or (self.gate_up_proj, self.down_proj)
-        return experts(x_TD, weights_TA, chosen_TA, gate_up, down, self.activation)
+        return self.compute(x_TD, weights_TA, chosen_TA, gate_up, down, self.activation)
 
     def pack(self) -> None:
         """Trade the stacked weights for packed ones, for inference, unless compiled versions read them as they are."""

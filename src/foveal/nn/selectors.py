@@ -1,6 +1,6 @@
 """What an indexer is compared with: modules that take its place in a block and select without having learned to."""
 
-from dataclasses import replace
+from copy import copy
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,8 @@ class Oracle(Selector):
         return selection_TK
 
     def _gaze(self, x_TD: Tensor, latent_TX: Tensor, step: Step, cache: BlockCache | None) -> Gaze:
-        looking = replace(step, watch=_nobody)
+        looking = copy(step)
+        looking.watch = _nobody
         self._mixer[0](x_TD, latent_TX, looking, cache, None)
         assert looking.gaze
         return looking.gaze

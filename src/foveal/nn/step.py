@@ -1,6 +1,6 @@
 """What all layers of one forward share: positions, where keys lie, rope angles, the current selection."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foveal.cache.layouts import PagedLayout
 from foveal.config.model import RopeConfig
-from foveal.kernels import Contexts, KeySource, Queries, Rows
+from foveal.kernels import KeySource, Rows
 from foveal.nn.batch import Batch
 from foveal.nn.rope import rope_turns
 from foveal.nn.watch import Gaze, Glance, Watch
@@ -18,30 +18,25 @@ from foveal.nn.watch import Gaze, Glance, Watch
 FUSED_TOKENS = 32
 
 
-@dataclass
 class Step:
-    """One forward pass over a batch."""
+    """One forward pass over a batch.
 
-    batch: Batch
-    queries: Queries
-    contexts: Contexts
-    rows_T: Tensor | None
-    """Cache rows of the new tokens; None without a cache."""
-    selection_TK: Tensor | None = None
-    """The selection of the last indexer that ran: int32 positions, ascending, -1 last. None: everything is seen."""
-    watch: Watch | None = None
-    """Who is shown what each block with an indexer computes from."""
-    glance: Glance | None = None
-    gaze: Gaze | None = None
-    """The current block's, where there is a watch."""
-    collected: dict[str, list[Any]] = field(default_factory=dict)
-    _turns: dict[RopeConfig, Tensor] = field(default_factory=dict)
+    No dataclass: FSDP searches dataclasses for tensors, and would hand each layer a copy.
+    """
 
-    @staticmethod
-    def of(batch: Batch, watch: Watch | None = None) -> "Step":
-        """The step that computes a batch."""
-        rows_T = None if batch.table_SB is None else batch.rows_T
-        return Step(batch, batch.queries, batch.contexts, rows_T, watch=watch)
+    def __init__(self, batch: Batch, watch: Watch | None = None) -> None:
+        self.batch, self.queries, self.contexts = batch, batch.queries, batch.contexts
+        self.rows_T = None if batch.table_SB is None else batch.rows_T
+        """Cache rows of the new tokens; None without a cache."""
+        self.selection_TK: Tensor | None = None
+        """The selection of the last indexer that ran: int32 positions, ascending, -1 last. None: everything is seen."""
+        self.watch = watch
+        """Who is shown what each block with an indexer computes from."""
+        self.glance: Glance | None = None
+        self.gaze: Gaze | None = None
+        """The current block's, where there is a watch."""
+        self.collected: dict[str, list[Any]] = {}
+        self._turns: dict[RopeConfig, Tensor] = {}
 
     def turns(self, rope: RopeConfig) -> Tensor:
         """Every token's turns, complex64 [T, dim / 2], for `apply_rope`; computed once a step."""
@@ -53,10 +48,14 @@ class Step:
     def keep(self, layout: PagedLayout | None, values_TX: Tensor) -> KeySource:
         """Store this step's rows in the cache, where there is one, and say where all rows of each sequence are."""
         if layout is None:
-            return KeySource(Rows(values_TX), self.contexts)
+            return KeySource(Rows(self.gather(values_TX)), self.contexts)
         assert self.rows_T is not None
         layout.write(self.rows_T, values_TX)
         return KeySource(layout.records, self.contexts)
+
+    def gather(self, values_TX: Tensor) -> Tensor:
+        """This step's rows, and those that other processes compute, where keys are shared."""
+        return values_TX if self.batch.gathered is None else self.batch.gathered.gather(values_TX)
 
     @cached_property
     def fusable(self) -> bool:

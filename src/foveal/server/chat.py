@@ -73,9 +73,10 @@ class _Answer:
     async def events(self) -> AsyncIterator[ChatChunk]:
         """One for each completion that has something new, and the usage at the end."""
         async for output in self._job.updates():
+            usage = usage_of([output]) if self._body.usage_always else None
             for piece in self._progress.pieces(output):
                 if choice := self._delta(piece):
-                    yield self._chunk([choice], look=self._looks.once(output))
+                    yield self._chunk([choice], usage, self._looks.once(output))
         if self._body.usage_wanted:
             yield self._chunk([], usage_of([output]))
 

@@ -66,14 +66,14 @@ class _Answer:
 
     async def events(self) -> AsyncIterator[Completion]:
         """One for each completion that has something new, and the usage at the end."""
-        final: list[RequestOutput] = []
+        latest: dict[str, RequestOutput] = {}
         async for output in self._job.updates():
+            latest[output.request_id] = output
+            usage = self._usage(list(latest.values())) if self._body.usage_always else None
             for choice in self._choices(output):
-                yield self._completion([choice], look=self._looks.once(output))
-            if output.finished:
-                final.append(output)
+                yield self._completion([choice], usage, self._looks.once(output))
         if self._body.usage_wanted:
-            yield self._completion([], self._usage(final))
+            yield self._completion([], self._usage(list(latest.values())))
 
     def at_once(self, outputs: Sequence[RequestOutput]) -> Completion:
         """All of it."""

@@ -86,7 +86,7 @@ class Keys:
             return
         kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
         # Every key is compared, in the same time whatever was given.
-        matches = [hmac.compare_digest(_digest(given.strip().encode()), digest) for digest in self._digests]
+        matches = [hmac.compare_digest(_digest(given.strip().encode("latin-1")), digest) for digest in self._digests]
         if kind.lower() != "bearer" or not any(matches):
             error = ApiError(401, "this server needs an API key: Authorization: Bearer KEY", code="invalid_api_key")
             error.headers = {"www-authenticate": "Bearer"}

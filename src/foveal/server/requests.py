@@ -30,9 +30,12 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
-    """`include_usage`: one more event before the end, with the usage of the whole request."""
+    """Usage in a stream."""
 
-    include_usage: bool = False
+    include_usage: bool = Field(
+        False, description="One more event before the end, with the usage of the whole request."
+    )
+    continuous_usage_stats: bool = Field(False, description="Every event has the usage so far.")
 
 
 class JsonSchema(Body):
@@ -137,6 +140,11 @@ class Sampling(Body):
     def usage_wanted(self) -> bool:
         """Whether a stream ends with its usage."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def usage_always(self) -> bool:
+        """Whether every event has the usage so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     def guidance(self) -> Guidance | None:
         """The form of the text that was asked for."""

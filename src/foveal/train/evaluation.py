@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from foveal.evaluate.answers import DEPTHS, force_answers, make_samples
 from foveal.evaluate.recall import over_layers, selection_quality
@@ -16,6 +18,7 @@ from foveal.nn.batch import Batch
 from foveal.train.data import Corpus, Feed, TrainingBatch
 from foveal.train.losses import head_loss, next_token
 from foveal.train.objective import target_weights
+from foveal.train.parallel import Parallel
 from foveal.train.schema import RunSettings, StageSettings
 from foveal.train.stages import KINDS
 
@@ -27,7 +30,10 @@ _RECALL_WINDOWS = 2
 
 
 class Evaluator:
-    """Held-out loss, dense and sparse; what selections keep of attention; passkeys; a sample."""
+    """Held-out loss, dense and sparse; what selections keep of attention; passkeys; a sample.
+
+    Several processes divide the loss; all else is short, and each computes it whole.
+    """
 
     def __init__(
         self,
@@ -36,8 +42,10 @@ class Evaluator:
         tokenizer: "PreTrainedTokenizerBase",
         run: RunSettings,
         stage: StageSettings,
+        parallel: Parallel,
     ) -> None:
         self._decoder, self._corpus, self._tokenizer, self._run, self._stage = decoder, corpus, tokenizer, run, stage
+        self._parallel = parallel
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
@@ -55,19 +63,26 @@ class Evaluator:
             values["sample"] = self._sample(self._run.sample)
         return values
 
-    def _rows(self) -> Iterator[TrainingBatch]:
-        """The first held-out rows, the same at every evaluation: of texts; made-up ones where no text has any."""
+    def _rows(self, rank: int = 0, ranks: int = 1) -> Iterator[TrainingBatch]:
+        """The first held-out rows, the same at every evaluation: of texts; made-up ones where no text has any. Of each
+        `ranks` of them the rank-th, which at the end may be one too many."""
         context = self._stage.context
         texts = [name for name in self._corpus.shards if len(self._corpus.documents(name, "held_out"))]
         feed = Feed(
             self._corpus,
             context=context,
-            tokens_per_step=context,
+            tokens_per_step=context * ranks,
             seed=self._run.seed,
+            rank=rank,
+            ranks=ranks,
             part="held_out",
             sources=texts or None,
         )
-        yield from islice(feed, max(1, self._run.evaluate_tokens // context))
+        yield from islice(feed, -(-self._wanted_rows // ranks))
+
+    @property
+    def _wanted_rows(self) -> int:
+        return max(1, self._run.evaluate_tokens // self._stage.context)
 
     def _selections(self, dense: bool) -> dict[str, float]:
         """What the indexers' selections keep of attention, where some document is long enough to choose from."""
@@ -79,7 +94,8 @@ class Evaluator:
         ]
         if not windows:
             return {}
-        kept = over_layers(selection_quality(self._decoder, windows[:_RECALL_WINDOWS], dense=dense))
+        measure = partial(selection_quality, self._decoder, windows[:_RECALL_WINDOWS], dense=dense)
+        kept = over_layers(self._parallel.forward(measure))
         return {f"selection_{name}": value for name, value in kept.items()}
 
     def _passkeys(self) -> dict[str, float]:
@@ -90,26 +106,43 @@ class Evaluator:
         if not samples:
             return {}
         dense = KINDS[self._stage.kind].dense
-        answers = force_answers(self._decoder, self._tokenizer, samples, dense=dense)
+        ask = partial(force_answers, self._decoder, self._tokenizer, samples, dense=dense)
+        answers = self._parallel.forward(ask)
         by_length = {length: [a.score for a in answers if a.sample.length == length] for length in lengths}
         return {f"passkey_{length}": sum(scores) / len(scores) for length, scores in by_length.items()}
 
     def _loss(self, dense: bool) -> float:
-        loss, weight = 0.0, 0.0
-        for batch in self._rows():
-            packed = Batch.packed(batch.sequences, dense=dense)
-            weights_T = torch.cat(target_weights(batch))
-            x_TD, _ = self._decoder.trunk(packed)
-            loss += float(head_loss(self._decoder, x_TD, weights_T, next_token(packed.ids_T.roll(-1))))
-            weight += float(weights_T.sum())
-        return loss / weight
+        parallel = self._parallel
+        total = torch.zeros(2, dtype=torch.float64)
+        for number, batch in enumerate(self._rows(parallel.data_rank, parallel.data_ranks)):
+            sums = parallel.forward(partial(self._sums, batch, dense))
+            # What is one too many keeps the processes together, and does not count.
+            if number * parallel.data_ranks + parallel.data_rank < self._wanted_rows:
+                total += torch.tensor(sums, dtype=torch.float64)
+        loss, weight = parallel.total(total).tolist()
+        return float(loss / weight)
+
+    def _sums(self, batch: TrainingBatch, dense: bool) -> tuple[float, float]:
+        """Of this process's tokens: the weighted losses, and the weights."""
+        device = self._parallel.device
+        packed = Batch.packed([ids.to(device) for ids in batch.sequences], dense=dense)
+        own, rows_t = self._parallel.share(packed)
+        weights_T = torch.cat(target_weights(batch)).to(device)[rows_t]
+        x_TD, _ = self._decoder.trunk(own)
+        loss = head_loss(self._decoder, x_TD, weights_T, next_token(packed.ids_T.roll(-1)[rows_t]))
+        return float(loss), float(weights_T.sum())
 
     def _sample(self, prompt: str) -> str:
-        """The prompt's likeliest continuation."""
+        """The prompt's likeliest continuation. Every process computes it; the leading one's word counts, so that none
+        ends before the others."""
         ids = self._tokenizer.encode(prompt)
         for _ in range(min(_SAMPLE_TOKENS, self._decoder.config.max_positions - len(ids))):
-            x_TD, _ = self._decoder.trunk(Batch.packed([torch.tensor(ids)]))
-            ids.append(int(self._decoder.head(x_TD[-1:]).argmax()))
+            following = self._parallel.forward(partial(self._following, ids))
+            ids.append(int(self._parallel.first(following)))
             if ids[-1] == self._tokenizer.eos_token_id:
                 break
         return str(self._tokenizer.decode(ids))
+
+    def _following(self, ids: list[int]) -> Tensor:
+        x_TD, _ = self._decoder.trunk(Batch.packed([torch.tensor(ids, device=self._parallel.device)]))
+        return self._decoder.head(x_TD[-1:]).argmax()

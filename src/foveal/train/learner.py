@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from foveal.models.decoder import Decoder, Embedding
 from foveal.nn.indexer import Indexer
 from foveal.train.optim import Masters, Muon, learning_rate_scale, matrices
+from foveal.train.parallel import Parallel
+from foveal.train.parts import as_part_of
 from foveal.train.schema import StageSettings
 from foveal.train.stages import KINDS
 
@@ -16,13 +18,15 @@ from foveal.train.stages import KINDS
 class Learner:
     """Optimisers over the parameters of one stage; all others are frozen."""
 
-    def __init__(self, decoder: Decoder, stage: StageSettings) -> None:
-        self.stage = stage
+    def __init__(self, decoder: Decoder, stage: StageSettings, parallel: Parallel | None = None) -> None:
+        """`parallel`: the processes that share the decoder; None: this one alone."""
+        self.stage, self._parallel = stage, parallel or Parallel()
         indexers = indexer_parameters(decoder)
         self._freeze(decoder, indexers)
         named = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
         if not named:
             raise ValueError(f"a {stage.kind} stage has nothing to learn: the model has no indexers")
+        self._learned = named
         self._masters = Masters(named)
         self.optimizers = self._optimizers(decoder, named, indexers)
 
@@ -61,7 +65,8 @@ class Learner:
                     (muon if kind == "muon" else adamw).append(group)
         optimizers: list[torch.optim.Optimizer] = []
         if muon:
-            optimizers.append(Muon(muon))
+            shapes: dict[Tensor, torch.Size] = {self._masters.by_name[name]: p.shape for name, p in named.items()}
+            optimizers.append(Muon(muon, directions=self._parallel.directions(shapes)))
         if adamw:
             optimizers.append(torch.optim.AdamW(adamw, betas=(0.9, stage.beta2), eps=1e-10))
         return optimizers
@@ -76,7 +81,7 @@ class Learner:
             floor=stage.final_share,
         )
         parameters = self._masters.take_gradients()
-        norm = nn.utils.clip_grad_norm_(parameters, stage.clip or float("inf"))
+        norm = self._parallel.clip(parameters, stage.clip or float("inf"))
         if not norm.isfinite():
             raise FloatingPointError(f"the gradient at step {step} of this {stage.kind} stage is {float(norm)}")
         for optimizer in self.optimizers:
@@ -89,12 +94,13 @@ class Learner:
     def tensors(self) -> dict[str, Tensor]:
         """What the optimisers remember, for a checkpoint; the tensors themselves, to be overwritten by one."""
         self._remember()
-        tensors = {f"master.{name}": tensor for name, tensor in self._masters.copies()}
+        tensors = {f"master.{name}": as_part_of(copy, self._learned[name]) for name, copy in self._masters.copies()}
         names: dict[Tensor, str] = {parameter: name for name, parameter in self._masters.by_name.items()}
         for optimizer in self.optimizers:
             for parameter, state in optimizer.state.items():
+                name = names[parameter]
                 for what, value in state.items():
-                    tensors[f"optimizer.{names[parameter]}.{what}"] = value
+                    tensors[f"optimizer.{name}.{what}"] = as_part_of(value, self._learned[name])
         return tensors
 
     def _remember(self) -> None:

@@ -68,7 +68,7 @@ def begin(settings: ModelSettings, seed: int) -> TrainedModel:
     """The model that a recipe starts from. Raises ValueError as `load_model` and `with_indexers` do."""
     options = Options(
         dtype=getattr(torch, settings.dtype),
-        index_dtype=settings.dtype,
+        index_dtype="bfloat16" if settings.dtype == "bfloat16" else "auto",
         checkpoint_activations=settings.checkpoint_activations,
     )
     if settings.config is not None:

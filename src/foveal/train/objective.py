@@ -1,6 +1,8 @@
 """What a stage minimises: from a batch to gradients and figures."""
 
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from foveal.train.losses import (
     taught,
     z_loss,
 )
+from foveal.train.parallel import Parallel
 from foveal.train.schema import StageSettings
 from foveal.train.stages import KINDS
 
@@ -28,45 +31,53 @@ from foveal.train.stages import KINDS
 class Objective:
     """The losses of one stage, and the balance of experts."""
 
-    def __init__(self, decoder: Decoder, stage: StageSettings) -> None:
-        self._decoder, self._stage, self._kind = decoder, stage, KINDS[stage.kind]
+    def __init__(self, decoder: Decoder, stage: StageSettings, parallel: Parallel) -> None:
+        self._decoder, self._stage, self._kind, self._parallel = decoder, stage, KINDS[stage.kind], parallel
         self._routers = list(routers(decoder))
         self._used: list[Tensor] = []
         """Tokens of each expert in this update, by router."""
-        self._teacher = _teacher(stage.teacher, decoder)
+        self._teacher = _teacher(stage.teacher, decoder).to(parallel.device)
 
     def accumulate(self, batch: TrainingBatch, rows: int) -> dict[str, float]:
-        """Add the gradients of a batch, computed `rows` rows at a time; its losses, as means over the batch."""
-        tokens = sum(len(sequence) for sequence in batch.sequences)
-        targets = sum(float(weights.sum()) for weights in target_weights(batch))
+        """Add the gradients of a batch, computed `rows` rows at a time; its losses, as means over the batch of all
+        processes."""
+        parallel = self._parallel
+        own = [sum(len(ids) for ids in batch.sequences), sum(float(weights.sum()) for weights in target_weights(batch))]
+        tokens, targets = parallel.total_of_data(torch.tensor(own, dtype=torch.float64)).tolist()
         if not targets:
             raise ValueError("a batch has no token to learn from: every loss weight is 0")
         self._used = []
         sums: Counter[str] = Counter()
         for micro in batch.split(rows):
-            losses = self._losses(micro, tokens, targets)
+            losses = parallel.forward(partial(self._losses, micro, tokens, targets))
             torch.stack(list(losses.values())).sum().backward()
             sums.update({name: float(loss.detach()) for name, loss in losses.items()})
-        return dict(sums)
+        totals = parallel.total(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
+        return dict(zip(sums, totals, strict=True))
 
     def balance(self) -> None:
         """Move the routers' biases by how the update's tokens were spread. Once an update."""
         for (_, bias_E), used_E in zip(self._routers, self._used, strict=False):
             if bias_E is not None:
-                move_bias(bias_E, used_E, self._stage.balance_rate)
+                move_bias(bias_E, self._parallel.total(used_E), self._stage.balance_rate)
 
-    def _losses(self, batch: TrainingBatch, tokens: int, targets: float) -> dict[str, Tensor]:
+    def _losses(self, batch: TrainingBatch, tokens: float, targets: float) -> dict[str, Tensor]:
         """Each loss by name: this part of the mean over all `tokens`, or over `targets`, the sum of their weights."""
         stage, kind = self._stage, self._kind
         collect = frozenset({"experts", "router"} if self._learns_base else ())
-        packed = Batch.packed(batch.sequences, collect=collect, dense=kind.dense)
-        watch = IndexLoss(torch.full((len(packed.ids_T),), 1 / tokens)) if kind.index else None
-        x_TD, collected = self._decoder.trunk(packed, watch=watch)
+        device = self._parallel.device
+        packed = Batch.packed([ids.to(device) for ids in batch.sequences], collect=collect, dense=kind.dense)
+        own, rows_t = self._parallel.share(packed)
+        watch = IndexLoss(torch.full((len(own.ids_T),), 1 / tokens, device=device)) if kind.index else None
+        x_TD, collected = self._decoder.trunk(own, watch=watch)
         losses: dict[str, Tensor] = {}
         if self._learns_base:
-            weights_T = torch.cat(target_weights(batch)) / targets
-            losses["loss"] = head_loss(self._decoder, x_TD, weights_T, self._compare(packed))
-            losses |= self._routing(packed, collected.get("router", []), collected.get("experts", []), tokens)
+            weights_T = torch.cat(target_weights(batch)).to(device)[rows_t] / targets
+            # What follows a sequence's last token is another sequence's first: it has weight 0.
+            following_T = pad(packed.ids_T[1:], (0, 1))[rows_t]
+            losses["loss"] = head_loss(self._decoder, x_TD, weights_T, self._compare(own, following_T))
+            routing = collected.get("router", []), collected.get("experts", [])
+            losses |= self._routing(own, packed.q_offsets, *routing, tokens)
         if watch is not None:
             assert isinstance(watch.total, Tensor)
             losses["index_loss"] = stage.index_weight * watch.total
@@ -76,16 +87,18 @@ class Objective:
     def _learns_base(self) -> bool:
         return (self._stage.learns or self._kind.learns) != "indexer"
 
-    def _compare(self, packed: Batch) -> Compare:
+    def _compare(self, own: Batch, following_T: Tensor) -> Compare:
         if not self._kind.distils:
-            # What follows a sequence's last token is another sequence's first: it has weight 0.
-            return next_token(pad(packed.ids_T[1:], (0, 1)))
+            return next_token(following_T)
         with torch.no_grad():
-            x_TD, _ = self._teacher.trunk(Batch(**{**vars(packed), "dense": True, "collect": frozenset()}))
+            x_TD, _ = self._teacher.trunk(replace(own, dense=True, collect=frozenset()))
         return taught(self._teacher, x_TD, self._stage.temperature)
 
-    def _routing(self, packed: Batch, logits: list[Tensor], chosen: list[Tensor], tokens: int) -> dict[str, Tensor]:
-        """The routers' own losses; counts which experts were used."""
+    def _routing(
+        self, own: Batch, offsets: tuple[int, ...], logits: list[Tensor], chosen: list[Tensor], tokens: float
+    ) -> dict[str, Tensor]:
+        """The routers' own losses; counts which experts were used. `offsets`: of the whole sequences, of which this
+        process may have a part only."""
         used = [
             torch.bincount(chosen_TA.flatten(), minlength=x.shape[1])
             for chosen_TA, x in zip(chosen, logits, strict=True)
@@ -93,11 +106,14 @@ class Objective:
         self._used = [a + b for a, b in zip(self._used, used, strict=True)] if self._used else used
         stage, losses = self._stage, {}
         if logits and stage.balance_weight:
+            whole = partial(self._parallel.whole, own)
             parts = [
-                balance_loss(logits_TE, chosen_TA, packed.q_offsets, config)
+                balance_loss(whole(logits_TE), whole(chosen_TA), offsets, config)
                 for logits_TE, chosen_TA, (config, _) in zip(logits, chosen, self._routers, strict=True)
             ]
-            losses["balance_loss"] = stage.balance_weight * torch.stack(parts).sum() / tokens
+            # Processes that share sequences all have their whole loss.
+            share = stage.balance_weight / (tokens * self._parallel.contexts)
+            losses["balance_loss"] = share * torch.stack(parts).sum()
         if logits and stage.z_weight:
             losses["z_loss"] = stage.z_weight * torch.stack([z_loss(x) for x in logits]).sum() / tokens
         return losses

@@ -1,7 +1,7 @@
 """Optimisers and learning-rate schedules."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from foveal.nn.linear import Linear
 from foveal.nn.moe import Experts
+from foveal.train.parts import own_part
 
 Schedule = Literal["wsd", "cosine", "constant"]
 
@@ -32,6 +33,10 @@ def learning_rate_scale(kind: Schedule, step: int, steps: int, *, warmup: int, d
     return 1 - (1 - floor) * min(1.0, fallen)
 
 
+Directions = Callable[[Iterable[tuple[Tensor, Tensor]]], Iterator[tuple[Tensor, Tensor]]]
+"""From (parameter, moment) to (parameter, direction), each parameter once, in any order."""
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum whose direction is made orthogonal (Jordan et al. 2024, github.com/KellerJordan/Muon), for matrices, and
     for stacks of them, [..., X, Y], which torch's own Muon does not take.
@@ -41,8 +46,15 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[Any], lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.1
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 0.1,
+        directions: Directions | None = None,
     ) -> None:
+        """`directions`: how they are found where processes have parts of the matrices."""
+        self._directions = directions or whole_directions
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -50,14 +62,28 @@ class Muon(torch.optim.Optimizer):
         """One update of every parameter that has a gradient."""
         assert closure is None
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
+            for parameter, direction in self._directions(self._moments(group)):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(direction, alpha=-group["lr"])
+
+    def _moments(self, group: Mapping[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each parameter that has a gradient, and its Nesterov momentum."""
+        for parameter in group["params"]:
+            if parameter.grad is not None:
                 momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
                 momentum.lerp_(parameter.grad, 1 - group["momentum"])
-                update = orthogonal(parameter.grad.lerp(momentum, group["momentum"]))
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-0.2 * group["lr"] * max(parameter.shape[-2:]) ** 0.5)
+                yield parameter, parameter.grad.lerp(momentum, group["momentum"])
+
+
+def whole_directions(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """See `Directions`."""
+    for parameter, moment in pairs:
+        yield parameter, direction(moment)
+
+
+def direction(moment: Tensor) -> Tensor:
+    """The orthogonal matrix (for a stack: each) of the size that `Muon` says."""
+    return orthogonal(moment) * (0.2 * max(moment.shape[-2:]) ** 0.5)
 
 
 def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
@@ -87,7 +113,8 @@ def matrices(model: nn.Module) -> set[nn.Parameter]:
 class Masters:
     """float32 copies of narrower parameters, which an optimiser works on: updates would round to nothing in bfloat16.
 
-    For parameters that are float32 (or wider) the copies are the parameters themselves.
+    For parameters that are float32 (or wider) the copies are the parameters themselves. Of parameters that several
+    processes share each has a copy of its own part, or that part itself: optimisers know nothing of the others.
     """
 
     def __init__(self, named: Mapping[str, nn.Parameter]) -> None:
@@ -100,7 +127,7 @@ class Masters:
         for name, parameter in self._parameters.items():
             master = self.by_name[name]
             if master is not parameter:
-                master.grad = None if parameter.grad is None else parameter.grad.float()
+                master.grad = None if parameter.grad is None else own_part(parameter.grad).to(master.dtype)
                 parameter.grad = None
         return list(self.by_name.values())
 
@@ -109,17 +136,19 @@ class Masters:
         """Round the copies into the parameters, and forget the gradients."""
         for name, parameter in self._parameters.items():
             master = self.by_name[name]
-            if master is not parameter:
-                parameter.copy_(master)
+            if master.dtype != parameter.dtype:
+                own_part(parameter).copy_(master)
             master.grad = None
 
     def copies(self) -> Iterator[tuple[str, Tensor]]:
         """The copies that are not the parameters themselves, by name."""
         for name, master in self.by_name.items():
-            if master is not self._parameters[name]:
+            if master.dtype != self._parameters[name].dtype:
                 yield name, master.detach()
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:
-    narrow = parameter.dtype in (torch.bfloat16, torch.float16)
-    return nn.Parameter(parameter.detach().float()) if narrow else parameter
+    part = own_part(parameter)
+    if parameter.dtype in (torch.bfloat16, torch.float16):
+        return nn.Parameter(part.detach().float())
+    return parameter if part is parameter else nn.Parameter(part.detach())

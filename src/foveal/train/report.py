@@ -5,12 +5,29 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 LOG = "log.jsonl"
 
 
-class Report:
+class Quiet:
+    """What processes report that do not lead: nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def update(self, values: Mapping[str, Any]) -> None:
+        """See `Report.update`."""
+
+    def event(self, values: Mapping[str, Any]) -> None:
+        """See `Report.event`."""
+
+
+class Report(Quiet):
     """The log of a run, and a bar on a terminal. Use it as a context manager."""
 
     def __init__(self, folder: Path, updates: int, done: int, *, tensorboard: bool) -> None:
@@ -23,9 +40,6 @@ class Report:
         self._log = self._file.open("a", encoding="utf-8")
         self._boards = _tensorboard(folder) if tensorboard else None
         self._bar = _Bar(updates, done)
-
-    def __enter__(self) -> "Report":
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -36,7 +36,9 @@ class ModelSettings:
     config: Path | None = key("start from random weights: a Hugging Face config.json", None)
     indexer: IndexerSettings | None = key("add indexers to a model that has none", None)
     adapter: Path | None = key("start from these indexers", None)
-    dtype: Literal["float32", "bfloat16"] = key("of weights and activations; the optimiser keeps float32", "float32")
+    dtype: Literal["float32", "bfloat16", "float64"] = key(
+        "of weights and activations; the optimiser keeps at least float32; float64 is for comparisons", "float32"
+    )
     checkpoint_activations: bool = key("compute each layer again in the backward pass: less memory, more time", False)
 
     def __post_init__(self) -> None:
@@ -99,6 +101,15 @@ class RunSettings:
 
 
 @dataclass(frozen=True)
+class ParallelSettings:
+    """How the processes that torchrun starts divide the work. Weights and rows are always divided."""
+
+    expert: int = key("processes that divide the experts among them; divides their number", 1, at_least=1)
+    context: int = key("processes that divide each row's tokens among them; divides their number", 1, at_least=1)
+    timeout_minutes: float = key("a process that the others wait for longer is given up", 30.0, above=0)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A training run."""
 
@@ -106,6 +117,7 @@ class Recipe:
     data: DataSettings = key("which text")
     stages: tuple[StageSettings, ...] = key("what is done, one after another")
     run: RunSettings = key("where to, and how it is watched")
+    parallel: ParallelSettings = key("several processes", ParallelSettings)
 
     def __post_init__(self) -> None:
         if not self.stages:

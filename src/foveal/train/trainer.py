@@ -4,7 +4,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from foveal.train.evaluation import Evaluator
 from foveal.train.learner import Learner
 from foveal.train.model import TrainedModel, begin
 from foveal.train.objective import Objective
+from foveal.train.parallel import Parallel, check_context
 from foveal.train.rate import matrix_rate
-from foveal.train.report import Report
+from foveal.train.report import Quiet, Report
 from foveal.train.schema import Recipe, StageSettings
 from foveal.train.stages import KINDS
 
@@ -50,15 +51,20 @@ class Interrupted:
 class Trainer:
     """A run of a recipe. Made again with the same recipe it goes on from the last checkpoint."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe, self.run = recipe, recipe.run
-        self.tokenizer = open_tokenizer(recipe.data, data_cache(recipe.data))
+    def __init__(self, recipe: Recipe, parallel: Parallel | None = None) -> None:
+        """`parallel`: the processes that share the run (see `join`); None: this one alone."""
+        self.recipe, self.run, self.parallel = recipe, recipe.run, parallel or Parallel()
+        with self.parallel.leader_first():
+            self.tokenizer = open_tokenizer(recipe.data, data_cache(recipe.data))
+            self.corpus = Corpus.build(recipe.data, self.tokenizer)
         self.model: TrainedModel = begin(recipe.model, self.run.seed)
         self._check_vocabulary()
-        self.corpus = Corpus.build(recipe.data, self.tokenizer)
+        self._check_held_out()
+        check_context(self.decoder.config, recipe.parallel, recipe.stages)
+        self.parallel.shard(self.decoder)
         self.progress = Progress()
-        self._checkpoints = Checkpoints(self.run.output / "checkpoints", self.run.keep_checkpoints)
-        self._rate = matrix_rate(self.decoder.options.dtype)
+        self._checkpoints = Checkpoints(self.run.output / "checkpoints", self.run.keep_checkpoints, self.parallel)
+        self._rate = matrix_rate(self.decoder.options.dtype, self.parallel.device) * self.parallel.ranks
 
     @property
     def decoder(self) -> Decoder:
@@ -75,7 +81,7 @@ class Trainer:
             self.progress = Progress(**progress_of(last))
         total = sum(stage.steps for stage in self.recipe.stages)
         done = self.progress.update
-        with Report(self.run.output, total, done, tensorboard=self.run.tensorboard) as report, _stoppable() as stop:
+        with self._report(total, done) as report, _stoppable() as stop:
             if last is not None:
                 report.event({"update": done, "resumed_from": last.name})
             for index in range(self.progress.stage, len(self.recipe.stages)):
@@ -84,21 +90,32 @@ class Trainer:
                 last = None
             if done == total and last is not None:  # everything was done before: only the result is written
                 fill_from(last, self._model_tensors())
+        whole = self.parallel.gathered(self.decoder)
+        if not self.parallel.leads:
+            return []
         tokenizer = self.run.output / "tokenizer"
         self.tokenizer.save_pretrained(tokenizer)
-        return self.model.save(self.run.output, tokenizer, base_learned=self.progress.base_learned, merge=merge)
+        model = replace(self.model, decoder=whole)
+        return model.save(self.run.output, tokenizer, base_learned=self.progress.base_learned, merge=merge)
 
-    def _stage(self, stage: StageSettings, last: Path | None, report: Report, stop: Interrupted) -> None:
+    def _report(self, updates: int, done: int) -> Quiet:
+        if not self.parallel.leads:
+            return Quiet()
+        return Report(self.run.output, updates, done, tensorboard=self.run.tensorboard)
+
+    def _stage(self, stage: StageSettings, last: Path | None, report: Quiet, stop: Interrupted) -> None:
         """One stage, from where the progress says."""
-        progress = self.progress
-        learner = Learner(self.decoder, stage)
-        objective = Objective(self.decoder, stage)
-        evaluator = Evaluator(self.decoder, self.corpus, self.tokenizer, self.run, stage)
+        progress, parallel = self.progress, self.parallel
+        learner = Learner(self.decoder, stage, parallel)
+        objective = Objective(self.decoder, stage, parallel)
+        evaluator = Evaluator(self.decoder, self.corpus, self.tokenizer, self.run, stage, parallel)
         feed = Feed(
             self.corpus,
             context=stage.context,
             tokens_per_step=stage.tokens_per_step,
             seed=self.run.seed + progress.stage,
+            rank=parallel.data_rank,
+            ranks=parallel.data_ranks,
         )
         if progress.feed is not None:
             feed.load_state_dict(progress.feed)
@@ -131,12 +148,15 @@ class Trainer:
                 }
             )
             ended = progress.step == stage.steps
-            if ended or (self.run.evaluate_every and progress.step % self.run.evaluate_every == 0):
-                report.event({"update": progress.update, **evaluator.evaluate()})
-            if ended or stop.signal or time.monotonic() - saved > 60 * self.run.checkpoint_minutes:
+            evaluated = ended or (self.run.evaluate_every and progress.step % self.run.evaluate_every == 0)
+            due = time.monotonic() - saved > 60 * self.run.checkpoint_minutes
+            due, stopped = parallel.any(due, stop.signal is not None)
+            if ended or stopped or due:
                 self._save(learner, feed, ended)
                 saved = time.monotonic()
-            if stop.signal:
+            if evaluated:
+                report.event({"update": progress.update, **evaluator.evaluate()})
+            if stopped:
                 raise KeyboardInterrupt
 
     def _save(self, learner: Learner, feed: Feed, ended: bool) -> None:
@@ -151,6 +171,14 @@ class Trainer:
 
     def _model_tensors(self) -> dict[str, Tensor]:
         return {f"model.{name}": p.detach() for name, p in self.decoder.named_parameters()}
+
+    def _check_held_out(self) -> None:
+        asked = self.run.evaluate_tokens
+        held_out = [name for name in self.corpus.shards if len(self.corpus.documents(name, "held_out"))]
+        if asked and not held_out and not self.recipe.data.retrieval:
+            raise ValueError(
+                f"run.evaluate_tokens = {asked}, but no source has more than one document to hold out from"
+            )
 
     def _check_vocabulary(self) -> None:
         size, most = len(self.tokenizer), self.decoder.config.vocab_size

@@ -174,7 +174,7 @@ def test_bad_arguments_are_refused(isa: str) -> None:
         run(q[:, :3].contiguous())
     with pytest.raises(ValueError, match="heads or dimensions"):
         run(q[..., :7])
-    with pytest.raises(ValueError, match="2 queries"):
+    with pytest.raises(ValueError, match="4 queries, but their sequences own"):
         run(torch.cat((q, q)))
     with pytest.raises(ValueError, match="sinks must not be negative, not -1"):
         run(sinks=-1)
@@ -191,7 +191,7 @@ def test_bad_arguments_are_refused(isa: str) -> None:
     for entries in ([[0, 90], [0, 1]], [[0, 1], [1, 0]], [[0, 0], [1, -1]], [[-1, 0], [1, -1]], [[-2, 0], [1, -1]]):
         with pytest.raises(ValueError, match="selection of query"):
             run(selection_TK=torch.tensor(entries, dtype=torch.int32))
-    with pytest.raises(ValueError, match="not int32"):
+    with pytest.raises(ValueError, match="cannot take these arguments"):
         run(selection_TK=torch.tensor([[0], [0]]))
     with pytest.raises(ValueError, match="cannot take these arguments"):
         run(q.double())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from foveal.config.formats import latent_bytes
 from foveal.kernels import Columns, Contexts, KeySource, OneHead, Queries, Rows, attention, sparse_attention
-from foveal.kernels.cpu.latent import accepts_latent
+from foveal.kernels.cpu.latent import latent_rows, serves
 from foveal.kernels.keys import Records
 from foveal.kernels.records import LatentRecords
 
@@ -186,7 +186,7 @@ def test_bad_arguments_are_refused(isa: str) -> None:
         run(torch.randn(1, 4, 14), paged)
     with pytest.raises(ValueError, match="queries are 12 wide and values 13"):
         run(torch.randn(1, 4, 12), paged, rank=13)
-    with pytest.raises(ValueError, match="q has 2 rows"):
+    with pytest.raises(ValueError, match="2 queries, but their sequences own"):
         run(torch.randn(2, 4, 12), paged)
     with pytest.raises(ValueError, match="names page 2 of a cache of 2"):
         run(torch.randn(1, 4, 12), Contexts.paged(torch.tensor([[2, 0]]), [100]))
@@ -205,13 +205,13 @@ def test_what_is_left_to_torch(isa: str) -> None:
     for option in ({"window": 4}, {"selection_TK": selection}):
         with pytest.raises(ValueError, match="cannot take these arguments"):
             attention(q, keys, values, queries, scale=1.0, version=isa, **option)
-    assert not accepts_latent(q.double(), keys, values, queries, scale=1.0)
-    assert not accepts_latent(q, keys, keys, queries, scale=1.0)
+    assert not serves(q.double(), latent_rows(keys, values))
+    assert not serves(q, latent_rows(keys, keys))
     assert isinstance(stored.records, Rows)
     learnt = KeySource(Rows(stored.records.values.clone().requires_grad_()), stored.contexts)
-    assert not accepts_latent(q, *sources(learnt, 10), queries, scale=1.0)
+    assert not serves(q, latent_rows(*sources(learnt, 10)))
     wide = KeySource(Rows(torch.randn(12, 9).T), Contexts.packed([9]))
-    assert not accepts_latent(q, *sources(wide, 10), queries, scale=1.0)
+    assert not serves(q, latent_rows(*sources(wide, 10)))
 
 
 def test_packed_queries_of_an_odd_stride() -> None:

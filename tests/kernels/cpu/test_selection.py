@@ -212,7 +212,7 @@ def test_refusals(isa: str) -> None:
         run(q, weights, Contexts((100,), (60,)), one)
     with pytest.raises(ValueError, match="only 100 keys"):
         run(q, weights, good, Queries((0, 1), (100,)))
-    with pytest.raises(ValueError, match="do not fit 1"):
+    with pytest.raises(ValueError, match="queries, but their sequences own"):
         run(q, weights, good, Queries((0, 2), (98,)))
     with pytest.raises(ValueError, match="queries have 3 numbers, keys 4"):
         run(q[..., :3], weights, good, one)

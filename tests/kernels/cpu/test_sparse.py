@@ -135,7 +135,7 @@ def test_bad_arguments_are_refused(isa: str) -> None:
         run(torch.randn(2, 3, 6), [0, 1])
     with pytest.raises(ValueError, match="do not belong together"):
         run(torch.randn(2, 4, 5), [0, 1])
-    with pytest.raises(ValueError, match="queries of 1 sequences, but keys of 2"):
+    with pytest.raises(ValueError, match="queries of 1 sequences, but contexts of 2"):
         several = KeySource(keys.records, Contexts((9, 9), (64, 64)))
         selection = torch.zeros(2, 1, dtype=torch.int32)
         values_too = KeySource(values.records, several.contexts)
@@ -143,7 +143,7 @@ def test_bad_arguments_are_refused(isa: str) -> None:
     with pytest.raises(ValueError, match=r"selection has shape \(2, 0\)"):
         nothing = torch.zeros(2, 0, dtype=torch.int32)
         sparse_attention(torch.randn(2, 4, 6), keys, values, nothing, queries, scale=1.0, version=isa)
-    with pytest.raises(ValueError, match="q has 1 rows"):
+    with pytest.raises(ValueError, match="1 queries, but their sequences own"):
         run(torch.randn(1, 4, 6), [0, 1])
     with pytest.raises(ValueError, match="selection has shape"):
         run(torch.randn(3, 4, 6), [0, 1])

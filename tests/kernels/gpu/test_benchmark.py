@@ -24,17 +24,9 @@ def test_checks_every_kernel(benchmark, interpreted: None) -> None:
     from gpu_cases import Sizes
 
     torch.manual_seed(0)
-    small = {
-        "heads": 3,
-        "rank": 32,
-        "rope": 8,
-        "index_heads": 2,
-        "index_dim": 32,
-        "groups": 2,
-        "group": 2,
-        "head_dim": 16,
-    }
-    sizes = Sizes(batch=2, context=150, chunk=2, train=6, topk=20, dtype=torch.float32, **small)
+    latent = {"heads": 2, "rank": 32, "rope": 8, "index_heads": 2, "index_dim": 32}
+    grouped = {"groups": 2, "group": 2, "head_dim": 16}
+    sizes = Sizes(batch=2, context=130, chunk=2, train=4, topk=20, dtype=torch.float32, **latent, **grouped)
     errors = benchmark.check(sizes, torch.device("cpu"))
     assert len(errors) == 17 and max(errors.values()) < 1e-4
 

@@ -34,12 +34,13 @@ def test_every_number_near_a_tie() -> None:
     codes = torch.arange(0, 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     middles = (codes[1:] + codes[:-1]) / 2
     nearby = torch.cat((codes, middles, middles.nextafter(torch.tensor(0.0)), middles.nextafter(torch.tensor(999.0))))
-    # A row of one block each: 448 keeps its scale at 1.
-    rows = torch.full((len(nearby), 4), 448.0)
-    rows[:, 0], rows[:, 1] = nearby, -nearby
-    stored, expected = (torch.zeros(len(rows), latent_bytes(4, 0, "fp8"), dtype=torch.uint8) for _ in range(2))
-    store_latents(rows, torch.arange(len(rows)), stored, 4).run()
-    write_latents(rows, torch.arange(len(rows)), expected, 4, version="reference")
+    both = torch.cat((nearby, -nearby))
+    # Rows of one block each, whose first number is 448, so that the scale is 1.
+    rows = torch.nn.functional.pad(both, (0, -len(both) % 127)).view(-1, 127)
+    rows = torch.nn.functional.pad(rows, (1, 0), value=448.0)
+    stored, expected = (torch.zeros(len(rows), latent_bytes(128, 0, "fp8"), dtype=torch.uint8) for _ in range(2))
+    store_latents(rows, torch.arange(len(rows)), stored, 128).run()
+    write_latents(rows, torch.arange(len(rows)), expected, 128, version="reference")
     assert torch.equal(stored, expected)
 
 

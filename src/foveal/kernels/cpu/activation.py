@@ -4,15 +4,14 @@ import torch
 from torch import Tensor
 
 from foveal.kernels.activation import gated
-from foveal.kernels.cpu.library import FORMATS, Kernels, address, compiled
+from foveal.kernels.cpu.library import DTYPES, FORMATS, Kernels, address, compiled
 
 COMPILED = {"silu": 0, "gelu_pytorch_tanh": 1, "relu": 2}
 """Activations by the numbers of `Activation` in csrc/kernels/activation.h."""
-_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _accepts(x_TX: Tensor, activation: str) -> bool:
-    return x_TX.dtype in _DTYPES and activation in COMPILED and x_TX.dim() == 2 and x_TX.stride(1) == 1
+    return x_TX.dtype in DTYPES and activation in COMPILED and x_TX.dim() == 2 and x_TX.stride(1) == 1
 
 
 @compiled(gated, _accepts)

@@ -3,14 +3,13 @@
 import torch
 from torch import Tensor
 
-from foveal.kernels.cpu.latent import accepts_latent, latent_attention
-from foveal.kernels.cpu.library import FORMATS, Kernels, address, compiled
+from foveal.kernels.cpu import latent
+from foveal.kernels.cpu.library import DTYPES, FORMATS, Kernels, address, compiled
 from foveal.kernels.cpu.places import sequence_arguments
 from foveal.kernels.dense import attention
 from foveal.kernels.flash import flash_forward
 from foveal.kernels.keys import KeySource, OneHead, Queries, Rows
-
-_DTYPES = (torch.float32, torch.bfloat16)
+from foveal.kernels.sparse import check_selection_shape
 
 
 def accepts_rows(
@@ -30,8 +29,9 @@ def accepts_rows(
     tensors = (q_THP, keys.records.values, values.records.values)
     return (
         keys.contexts is values.contexts
-        and q_THP.dtype in _DTYPES
+        and q_THP.dtype in DTYPES
         and all(x.dtype == q_THP.dtype and x.dim() == 3 and x.stride(2) == 1 for x in tensors)
+        and (selection_TK is None or selection_TK.dtype == torch.int32)
         and scale > 0
     )
 
@@ -49,7 +49,7 @@ def _accepts(
 ) -> bool:
     if isinstance(keys.records, OneHead):
         plain = window is None and sinks == 0 and selection_TK is None
-        return plain and accepts_latent(q_THP, keys, values, queries, scale=scale)
+        return plain and latent.serves(q_THP, latent.latent_rows(keys, values))
     return accepts_rows(
         q_THP, keys, values, queries, scale=scale, window=window, sinks=sinks, selection_TK=selection_TK
     )
@@ -69,16 +69,17 @@ def _attention(
     selection_TK: Tensor | None = None,
 ) -> Tensor:
     if isinstance(keys.records, OneHead):
-        return latent_attention(kernels, q_THP, keys, values, queries, scale=scale)
+        return latent.run(kernels, q_THP, keys, values, None, queries, scale)
     assert isinstance(keys.records, Rows) and isinstance(values.records, Rows)
     k_NGP, v_NGV = keys.records.values, values.records.values
-    _check_shapes(q_THP, k_NGP, v_NGV, queries)
+    _check_shapes(q_THP, k_NGP, v_NGV)
     if sinks < 0:
         raise ValueError(f"sinks must not be negative, not {sinks}")
     if selection_TK is not None:
-        _check_selection(selection_TK, len(q_THP))
+        check_selection_shape(selection_TK, len(q_THP))
+        selection_TK = selection_TK.contiguous()
     out_THV = q_THP.new_empty(*q_THP.shape[:2], v_NGV.shape[2])
-    sequences = sequence_arguments(queries, keys.contexts)
+    sequences = sequence_arguments(len(q_THP), queries, keys.contexts)
     topk = 0 if selection_TK is None else selection_TK.shape[1]
     seen = (window or 0, sinks, address(selection_TK), topk)
     key_rows = min(len(k_NGP), len(v_NGV))
@@ -90,7 +91,7 @@ def accepts_tensors(
     q_STHP: Tensor, k_SNGP: Tensor, v_SNGV: Tensor, *, causal: bool, scale: float, window: int | None, sinks: int
 ) -> bool:
     """Formats that the kernels read; rows that are not dense are copied."""
-    return q_STHP.dtype in _DTYPES and scale > 0
+    return q_STHP.dtype in DTYPES and scale > 0
 
 
 @compiled(flash_forward, accepts_tensors)
@@ -134,17 +135,8 @@ def _strided(x_XYZ: Tensor) -> tuple[int, int, int]:
     return x_XYZ.data_ptr(), x_XYZ.stride(0), x_XYZ.stride(1)
 
 
-def _check_shapes(q_THP: Tensor, k_NGP: Tensor, v_NGV: Tensor, queries: Queries) -> None:
+def _check_shapes(q_THP: Tensor, k_NGP: Tensor, v_NGV: Tensor) -> None:
     shapes = f"q {tuple(q_THP.shape)}, keys {tuple(k_NGP.shape)}, values {tuple(v_NGV.shape)}"
     groups = k_NGP.shape[1]
     if k_NGP.shape[2] != q_THP.shape[2] or v_NGV.shape[1] != groups or not groups or q_THP.shape[1] % groups:
         raise ValueError(f"heads or dimensions do not match: {shapes}")
-    if queries.offsets[-1] != len(q_THP):
-        raise ValueError(f"{queries.offsets[-1]} queries, but {shapes}")
-
-
-def _check_selection(selection_TK: Tensor, count: int) -> None:
-    if selection_TK.dtype != torch.int32 or selection_TK.dim() != 2 or len(selection_TK) != count:
-        raise ValueError(f"selection is {selection_TK.dtype} {tuple(selection_TK.shape)}, not int32 [{count}, K]")
-    if not selection_TK.is_contiguous():
-        raise ValueError(f"selection has strides {selection_TK.stride()}, so it is not contiguous")

@@ -12,14 +12,12 @@ from torch import Tensor
 
 from foveal.config.model import GQAConfig
 from foveal.kernels.cpu.activation import COMPILED
-from foveal.kernels.cpu.library import FORMATS, Kernels, address, instruction_sets
+from foveal.kernels.cpu.library import DTYPES, FORMATS, Kernels, address, instruction_sets
 from foveal.kernels.cpu.linear import takes_weight, weight_arguments
 from foveal.kernels.cpu.places import sequence_arguments
 from foveal.kernels.cpu.rope import MOST_PAIRS
 from foveal.kernels.keys import Contexts, Queries
 from foveal.kernels.matmul import Weight
-
-_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -157,8 +155,8 @@ class BlockRun:
             raise ValueError(
                 f"x is {x_TD.dtype} {list(x_TD.shape)}, the blocks take {like_1D.dtype} [T, {like_1D.shape[1]}]"
             )
-        if len(rows_T) != tokens or queries.offsets[-1] != tokens:
-            raise ValueError(f"{tokens} tokens, {len(rows_T)} rows, {queries.offsets[-1]} queries")
+        if len(rows_T) != tokens:
+            raise ValueError(f"{tokens} tokens, but {len(rows_T)} rows to keep them at")
         for block, of_block in zip(self._attention, turns, strict=True):
             shape = (0, 0) if of_block is None else of_block.shape
             if block.pairs and shape != (tokens, block.pairs):
@@ -173,7 +171,7 @@ class BlockRun:
             address(rows_T),
             places.addresses,
             places.rows,
-            sequence_arguments(queries, contexts),
+            sequence_arguments(tokens, queries, contexts),
             torch.get_num_threads(),
         )
         return out_TD
@@ -190,7 +188,7 @@ def _readable(norms: list[Norm], layers: list[Layer]) -> bool:
     dtype = norms[0].weight_X.dtype
     vectors = [one.weight_X for one in norms] + [layer.bias for layer in layers if layer.bias is not None]
     return (
-        dtype in _DTYPES
+        dtype in DTYPES
         and all(v.dtype == dtype and v.device.type == "cpu" and v.is_contiguous() for v in vectors)
         and all(takes_weight(layer.weight, dtype) for layer in layers)
     )

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from foveal.kernels.cpu.library import FORMATS, Kernels, address, compiled
-from foveal.kernels.cpu.linear import DTYPES, takes_weight, weight_arguments
+from foveal.kernels.cpu.library import DTYPES, FORMATS, Kernels, address, compiled
+from foveal.kernels.cpu.linear import takes_weight, weight_arguments
 from foveal.kernels.matmul import QuantisedWeight
 from foveal.kernels.moe import Activation, Stack, experts
 

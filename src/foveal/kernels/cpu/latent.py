@@ -6,13 +6,10 @@ import torch
 from torch import Tensor
 
 from foveal.config.formats import latent_bytes
-from foveal.kernels.cpu.library import FORMATS, Kernels, address
+from foveal.kernels.cpu.library import DTYPES, FORMATS, Kernels, address
 from foveal.kernels.cpu.places import sequence_arguments
-from foveal.kernels.keys import Columns, Contexts, KeySource, OneHead, Queries, Rows
+from foveal.kernels.keys import Columns, KeySource, OneHead, Queries, Rows
 from foveal.kernels.records import LatentRecords
-
-DTYPES = (torch.float32, torch.bfloat16)
-"""Of queries, which the rows are read as."""
 
 
 @dataclass(frozen=True)
@@ -44,25 +41,11 @@ def latent_rows(keys: KeySource, values: KeySource) -> LatentRows | None:
     return None
 
 
-def accepts_latent(q_THP: Tensor, keys: KeySource, values: KeySource, queries: Queries, *, scale: float) -> bool:
-    """Whether `latent_attention` serves these arguments of `attention`, where there are no others: absorbed MLA in
-    float32 or bfloat16."""
-    return serves(q_THP, latent_rows(keys, values))
-
-
 def serves(q_THP: Tensor, latents: LatentRows | None) -> bool:
     """Whether the kernel can read these rows for these queries."""
     if latents is None or q_THP.dtype not in DTYPES or q_THP.dtype != latents.dtype or latents.rows.stride(1) != 1:
         return False
     return not (latents.rows.requires_grad and torch.is_grad_enabled())
-
-
-def latent_attention(
-    kernels: Kernels, q_THP: Tensor, keys: KeySource, values: KeySource, queries: Queries, *, scale: float
-) -> Tensor:
-    """`attention` for arguments that `accepts_latent` takes. Raises ValueError where shapes do not fit or a page table
-    names a page that is not there."""
-    return run(kernels, q_THP, keys, values, None, queries, scale)
 
 
 def run(
@@ -74,12 +57,12 @@ def run(
     queries: Queries,
     scale: float,
 ) -> Tensor:
-    """Attention over all earlier keys, or over a selection (int32, contiguous)."""
+    """Attention over all earlier keys, or over a selection (int32, contiguous). Raises ValueError where shapes do not
+    fit, or a page table names a page that is not there."""
     latents = latent_rows(keys, values)
     assert latents is not None and isinstance(values.records, Columns)
     tokens, heads, width = q_THP.shape
     rank, rows = values.records.count, latents.rows
-    check_queries(tokens, queries, keys.contexts)
     _check_widths(width, rank, rows)
     q_THP = q_THP.contiguous()
     out_THV = torch.empty(tokens, heads, rank, dtype=q_THP.dtype)
@@ -87,19 +70,11 @@ def run(
         *(address(q_THP), address(out_THV), FORMATS[q_THP.dtype]),
         *(address(rows), rows.stride(0) * rows.element_size(), rows.shape[0], latents.format),
         *(heads, width, rank, scale),
-        *sequence_arguments(queries, keys.contexts),
+        *sequence_arguments(tokens, queries, keys.contexts),
         *(address(selection_TK), 0 if selection_TK is None else selection_TK.shape[1]),
         torch.get_num_threads(),
     )
     return out_THV
-
-
-def check_queries(tokens: int, queries: Queries, contexts: Contexts) -> None:
-    """Raise ValueError unless the sequences own all rows of q, and each has a context."""
-    if len(queries.positions) != len(contexts.lengths):
-        raise ValueError(f"queries of {len(queries.positions)} sequences, but keys of {len(contexts.lengths)}")
-    if queries.offsets[0] != 0 or queries.offsets[-1] != tokens:
-        raise ValueError(f"q has {tokens} rows, but its sequences own rows {queries.offsets}")
 
 
 def _check_widths(width: int, rank: int, rows: Tensor) -> None:

@@ -18,6 +18,9 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
 LIMIT = "FOVEAL_ISA"
 """The environment variable that names the highest instruction set to use; "none": no compiled kernels."""
 
+DTYPES = (torch.float32, torch.bfloat16)
+"""What activations may be."""
+
 _EXTENSION = "foveal.kernels.cpu._native"
 # The numbers of `Format` in csrc/common/numbers.h.
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.int8: 3}

@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor
 
-from foveal.kernels.cpu.library import FORMATS, Kernels, address, compiled
+from foveal.kernels.cpu.library import DTYPES, FORMATS, Kernels, address, compiled
 from foveal.kernels.matmul import QuantisedWeight, Weight, linear
 
-DTYPES = (torch.float32, torch.bfloat16)
-"""Of activations."""
 # The numbers of `Coding` in csrc/kernels/linear.h.
 CODINGS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 

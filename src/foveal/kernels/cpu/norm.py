@@ -3,14 +3,12 @@
 import torch
 from torch import Tensor
 
-from foveal.kernels.cpu.library import FORMATS, Kernels, address, compiled
+from foveal.kernels.cpu.library import DTYPES, FORMATS, Kernels, address, compiled
 from foveal.kernels.norm import add_rms_norm, rms_norm
-
-_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _accepts(x: Tensor, weight_X: Tensor, eps: float) -> bool:
-    return x.dtype in _DTYPES and weight_X.dtype == x.dtype
+    return x.dtype in DTYPES and weight_X.dtype == x.dtype
 
 
 @compiled(rms_norm, _accepts)

@@ -4,18 +4,17 @@ import torch
 from torch import Tensor
 
 from foveal.config.formats import PAGE_SIZE, index_key_bytes, latent_bytes
-from foveal.kernels.cpu.library import FORMATS, Kernels, address, compiled
+from foveal.kernels.cpu.library import DTYPES, FORMATS, Kernels, address, compiled
 from foveal.kernels.quantise import quantise_index
 from foveal.kernels.records import write_index_keys, write_latents
 
-_DTYPES = (torch.float32, torch.bfloat16)
 _VALUES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 # MOST_INDEX_NUMBERS in csrc/kernels/quantise.h.
 _MOST_NUMBERS = 1024
 
 
 def _turns(x: Tensor, dtype: str) -> bool:
-    return x.dtype in _DTYPES and dtype in _VALUES and 0 < x.shape[-1] <= _MOST_NUMBERS
+    return x.dtype in DTYPES and dtype in _VALUES and 0 < x.shape[-1] <= _MOST_NUMBERS
 
 
 @compiled(quantise_index, _turns)
@@ -48,7 +47,7 @@ def _write_index_keys(kernels: Kernels, keys_TJ: Tensor, rows_T: Tensor, pages: 
 
 
 def _accepts_latents(latent_TX: Tensor, rows_T: Tensor, bytes_: Tensor, rank: int) -> bool:
-    return latent_TX.dtype in _DTYPES and latent_TX.stride(1) == 1 and bytes_.is_contiguous()
+    return latent_TX.dtype in DTYPES and latent_TX.stride(1) == 1 and bytes_.is_contiguous()
 
 
 @compiled(write_latents, _accepts_latents)

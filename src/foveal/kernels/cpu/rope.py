@@ -3,16 +3,15 @@
 import torch
 from torch import Tensor
 
-from foveal.kernels.cpu.library import FORMATS, Kernels, address, compiled
+from foveal.kernels.cpu.library import DTYPES, FORMATS, Kernels, address, compiled
 from foveal.kernels.rope import apply_rope
 
-_DTYPES = (torch.float32, torch.bfloat16)
 MOST_PAIRS = 512  # MOST_ROPE_PAIRS in csrc/kernels/rope.h
 
 
 def _accepts(x_THR: Tensor, turns_TR: Tensor, *, interleaved: bool) -> bool:
     return (
-        x_THR.dtype in _DTYPES
+        x_THR.dtype in DTYPES
         and x_THR.stride(-1) == 1
         and turns_TR.shape[-1] <= MOST_PAIRS
         and turns_TR.is_contiguous()

@@ -46,16 +46,12 @@ def _select(
         raise ValueError(f"queries have {size} numbers, keys {key_size}")
     if weights_TI.shape != (count, heads):
         raise ValueError(f"weights have shape {tuple(weights_TI.shape)}, queries {tuple(q_TIJ.shape)}")
-    if queries.offsets[0] != 0 or queries.offsets[-1] != count or len(keys.contexts.lengths) != len(queries.positions):
-        raise ValueError(
-            f"queries up to {queries.offsets[-1]} of {len(queries.positions)} sequences do not fit {count}"
-        )
     q_TIJ, weights_TI = q_TIJ.contiguous(), weights_TI.contiguous()
     selection_TK = torch.empty(count, topk, dtype=torch.int32)
     kernels.run.select(
         *(address(q_TIJ), FORMATS[q_TIJ.dtype], address(weights_TI), heads, size),
         *(address(data), key_format, stride, rows),
-        *sequence_arguments(queries, keys.contexts),
+        *sequence_arguments(count, queries, keys.contexts),
         *(topk, address(selection_TK), torch.get_num_threads()),
     )
     return selection_TK

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from foveal.kernels.cpu import latent
-from foveal.kernels.cpu.library import FORMATS, Kernels, address, compiled
+from foveal.kernels.cpu.library import DTYPES, FORMATS, Kernels, address, compiled
 from foveal.kernels.cpu.places import sequence_arguments
 from foveal.kernels.keys import KeySource, Queries, Rows
 from foveal.kernels.sparse import check_selection_shape, sparse_attention
@@ -20,7 +20,7 @@ def _accepts(
 
 def _serves_groups(q_THP: Tensor, keys: KeySource, values: KeySource) -> bool:
     """Whether these are keys and values by head, in the queries' dtype, that the kernel can read."""
-    if values.contexts is not keys.contexts or q_THP.dtype not in latent.DTYPES:
+    if values.contexts is not keys.contexts or q_THP.dtype not in DTYPES:
         return False
     for source in (keys, values):
         if not isinstance(source.records, Rows):
@@ -64,7 +64,6 @@ def _grouped(
     k_RGP, v_RGV = keys.records.values, values.records.values
     tokens, heads, width = q_THP.shape
     rows, groups, value_width = v_RGV.shape
-    latent.check_queries(tokens, queries, keys.contexts)
     if k_RGP.shape != (rows, groups, width) or heads % groups:
         shapes = f"q {tuple(q_THP.shape)}, keys {tuple(k_RGP.shape)}, values {tuple(v_RGV.shape)}"
         raise ValueError(f"shapes that do not belong together: {shapes}")
@@ -72,7 +71,7 @@ def _grouped(
     kernels.run.sparse_attention(
         *(address(q_THP), address(k_RGP), address(v_RGV), address(out_THV), FORMATS[q_THP.dtype]),
         *(rows, heads, groups, width, value_width, scale),
-        *sequence_arguments(queries, keys.contexts),
+        *sequence_arguments(tokens, queries, keys.contexts),
         *(address(selection_TK), selection_TK.shape[1], torch.get_num_threads()),
     )
     return out_THV

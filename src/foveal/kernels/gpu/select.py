@@ -175,12 +175,16 @@ def score_kernel(
         row_N = row_of(n.to(tl.int64), seen, start_row, table_row, PAGED)
         k_NJ, scale_N = index_keys(values, scales, row_N, seen, j, J, STRIDE, KIND, DTYPE)
         if tl.int8 == DTYPE:
-            products = tl.dot(q_MJ, tl.trans(k_NJ), out_dtype=tl.int32).to(tl.float32)
+            products = tl.dot(k_NJ, tl.trans(q_MJ), out_dtype=tl.int32).to(tl.float32)
         else:
-            products = tl.dot(q_MJ, tl.trans(k_NJ), input_precision="ieee")
-        products = tl.maximum(products, 0.0) * weights_M[:, None]
-        scores_TN = tl.sum(tl.reshape(products, [BLOCK_T, BLOCK_I, BLOCK_N]), 1) * scale_N[None, :]
-        number_TN = ordered(scores_TN)
+            products = tl.dot(k_NJ, tl.trans(q_MJ), input_precision="ieee")
+        products = tl.maximum(products, 0.0) * weights_M[None, :]
+        # Keys are the rows of products, so that a thread sums up heads by itself (and SM100 compiles it at all).
+        scores_TN = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+        for own in tl.static_range(BLOCK_T):
+            own_N = tl.sum(tl.where((m // BLOCK_I == own)[None, :], products, 0.0), 1)
+            scores_TN = tl.where(t[:, None] == own, own_N[None, :], scores_TN)
+        number_TN = ordered(scores_TN * scale_N[None, :])
         enters = seen[None, :] & (n[None, :] <= position + t[:, None]) & live_T[:, None]
         enters = enters & (number_TN > bar_T[:, None])
         new_T = tl.sum(enters.to(tl.int32), 1)

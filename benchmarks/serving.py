@@ -1,0 +1,174 @@
+"""Throughput, time to first token and time per token of servers of one model, at several numbers of clients.
+
+The load comes from guidellm, in a Python of its own; every server gets prompts of as many random words and writes as
+many tokens. Beside `foveal serve`: `transformers serve` and llama.cpp's server, each if its Python is named.
+
+    python -m venv load && load/bin/pip install guidellm
+    python -m venv peer && peer/bin/pip install 'transformers[serving]' torch
+    python -m venv llama && llama/bin/pip install 'llama-cpp-python[server]'
+    python benchmarks/serving.py --guidellm load/bin/guidellm --transformers peer/bin/transformers \\
+        --llama-python llama/bin/python
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from report import circumstances, print_table
+from served import served
+
+from foveal.models.resolve import resolve_model
+from foveal.models.tokenizer import load_tokenizer
+
+_START_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Load:
+    """What each client asks, again and again."""
+
+    prompt_tokens: int
+    output_tokens: int
+    requests_per_client: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Medians over the requests that ended well."""
+
+    tokens_per_second: float
+    first_token_milliseconds: float
+    per_token_milliseconds: float
+    failed: int
+
+
+def measure(guidellm: str, url: str, model: str, tokenizer: Path, load: Load, clients: int) -> Measured:
+    """One level of load."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        count = clients * load.requests_per_client
+        command = [guidellm, "run", "--disable-console"]
+        # Some servers know no request_format but this one.
+        command += ["--backend", f"kind=openai_http,target={url},model={model},request_format=/v1/chat/completions"]
+        command += ["--profile", f"kind=concurrent,streams={clients}"]
+        command += ["--constraint", f"kind=max_requests,count={count}"]
+        command += ["--tokenizer", f"kind=hf_auto,model={tokenizer}"]
+        data = f"kind=synthetic_text,prompt_tokens={load.prompt_tokens},output_tokens={load.output_tokens}"
+        command += ["--data", data, "--output", f"kind=json,path={report}"]
+        subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        (benchmark,) = json.loads(report.read_text())["benchmarks"]
+    metrics: dict[str, Any] = benchmark["metrics"]
+
+    def successful(name: str, figure: str) -> float:
+        return float(metrics[name]["successful"][figure])
+
+    return Measured(
+        tokens_per_second=successful("output_tokens_per_second", "mean"),
+        first_token_milliseconds=successful("time_to_first_token_ms", "median"),
+        per_token_milliseconds=successful("inter_token_latency_ms", "median"),
+        failed=len(benchmark["requests"]["errored"]),
+    )
+
+
+@contextmanager
+def peer(command: Sequence[str], port: int) -> Iterator[str]:
+    """Another server, once it answers."""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        url = f"http://127.0.0.1:{port}"
+        try:
+            end = time.monotonic() + _START_SECONDS
+            while not _answers(url):
+                if server.poll() is not None or time.monotonic() > end:
+                    sys.exit(f"{command[0]} does not start")
+                time.sleep(1)
+            yield url
+        finally:
+            server.kill()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def free_port() -> int:
+    """One that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+def as_transformers(model: Path, folder: Path) -> str:
+    """The same weights as a directory, for transformers."""
+    import torch
+    from oracle import load_transformers
+
+    load_transformers(model, torch.bfloat16).save_pretrained(folder)
+    load_tokenizer(model).save_pretrained(folder)
+    return str(folder)
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--guidellm", required=True, metavar="PATH", help="the load generator's program")
+    parser.add_argument("--model", default="smollm2", help="whatever foveal loads (default: smollm2)")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--requests", type=int, default=4, help="of each client (default: 4)")
+    parser.add_argument("--prompt-tokens", type=int, default=256)
+    parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument("--transformers", metavar="PATH", help="the program transformers, for its `serve`")
+    parser.add_argument("--llama-python", metavar="PATH", help="a Python with llama-cpp-python[server]")
+    arguments = parser.parse_args()
+    load = Load(arguments.prompt_tokens, arguments.output_tokens, arguments.requests)
+    path = resolve_model(arguments.model)
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        tokenizer = Path(name) / "tokenizer"
+        load_tokenizer(path).save_pretrained(tokenizer)
+        port = free_port()
+        sides = {"foveal": (served(str(path), ["--served-model-name", "model", "--dtype", "bfloat16"]), "model")}
+        if arguments.transformers:
+            folder = as_transformers(path, Path(name) / "model")
+            command = [arguments.transformers, "serve", folder, "--port", str(port), "--continuous-batching"]
+            sides["transformers"] = peer(command, port), folder
+        if arguments.llama_python:
+            command = [arguments.llama_python, "-m", "llama_cpp.server", "--model", str(path), "--port", str(port)]
+            sides["llama.cpp"] = peer([*command, "--model_alias", "model", "--n_ctx", "2048"], port), "model"
+        for side, (server, model) in sides.items():
+            with server as url:
+                for clients in arguments.clients:
+                    rows.append((side, clients, measure(arguments.guidellm, url, model, tokenizer, load, clients)))
+    print(", ".join(f"{key} {value}" for key, value in circumstances().items()), f"cores {os.cpu_count()}")
+    print(f"prompts of {load.prompt_tokens} tokens, answers of {load.output_tokens}")
+    print_table(
+        ["server", "clients", "tokens/s", "first token, ms", "a token, ms", "failed"],
+        [
+            [
+                side,
+                str(clients),
+                f"{one.tokens_per_second:.1f}",
+                f"{one.first_token_milliseconds:.0f}",
+                f"{one.per_token_milliseconds:.1f}",
+                str(one.failed),
+            ]
+            for side, clients, one in rows
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()
