@@ -54,7 +54,7 @@ def plots() -> None:
 
 
 def _model(name: str, variant: str | None = None) -> ModelConfig:
-    config = read_config(released(name), to_run=False)
+    config = read_config(released(name))
     return apply_variant(config, variant) if variant else config
 
 

@@ -147,6 +147,18 @@ def _selective_scan(u_TX: Tensor, dt_TX: Tensor, a_XY: Tensor, *_: Any) -> int:
     return 3 * len(u_TX) * a_XY.numel()
 
 
+def _ssd(x_THP: Tensor, dt_TH: Tensor, a_H: Tensor, b_TGY: Tensor, *_: Any) -> int:
+    return 3 * x_THP.numel() * b_TGY.shape[-1]
+
+
+def _linear_attention(q_TGP: Tensor, k_TGP: Tensor, v_THV: Tensor, *_: Any) -> int:
+    return 3 * v_THV.numel() * k_TGP.shape[-1]
+
+
+def _delta_rule(q_TGP: Tensor, k_TGP: Tensor, v_THV: Tensor, *_: Any) -> int:
+    return 4 * v_THV.numel() * k_TGP.shape[-1]
+
+
 def _causal_conv(x_TX: Tensor, weight_XW: Tensor, *_: Any) -> int:
     return len(x_TX) * weight_XW.numel()
 
@@ -157,5 +169,8 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "select": _select,
     "experts": _experts,
     "selective_scan": _selective_scan,
+    "ssd": _ssd,
+    "linear_attention": _linear_attention,
+    "delta_rule": _delta_rule,
     "causal_conv": _causal_conv,
 }

@@ -1,11 +1,13 @@
 """Random tiny checkpoints made by transformers, the oracle that every family is compared with."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 VOCAB = 128
 YARN = {
@@ -46,6 +48,34 @@ _MLA = _BASE | {
     "first_k_dense_replace": 1,
 }
 _DSA = _MLA | {"index_n_heads": 16, "index_head_dim": 32, "index_topk": 12}
+
+_RECURRENT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+_NEXT = _BASE | {
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 20,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 40,
+}
+_KIMI = {key: value for key, value in _MLA.items() if key not in ("q_lora_rank", "n_routed_experts")} | {
+    "num_hidden_layers": 5,
+    "num_experts": 8,
+    "linear_num_heads": 3,
+    "linear_head_dim": 20,
+}
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _BASE,
@@ -104,6 +134,45 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "mamba_d_state": 8,
         "mamba_dt_rank": 6,
     },
+    "qwen3_next": _NEXT,
+    "qwen3_next-dense": _NEXT
+    | {
+        "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [1],
+        "attention_bias": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
+        "linear_num_key_heads": 4,
+        "linear_conv_kernel_dim": 3,
+        "norm_topk_prob": False,
+        "tie_word_embeddings": True,
+    },
+    "kimi_linear": _KIMI,
+    "kimi_linear-latent": _KIMI
+    | {
+        "q_lora_rank": 24,
+        "linear_attn_config": {
+            "full_attn_layers": [2, 4],
+            "kda_layers": [1, 3, 5],
+            "num_heads": 2,
+            "head_dim": 24,
+            "short_conv_kernel_size": 3,
+        },
+    },
+    "mamba": _RECURRENT | {"state_size": 8, "time_step_rank": 6},
+    "mamba-biased": _RECURRENT
+    | {"conv_kernel": 3, "use_bias": True, "use_conv_bias": False, "tie_word_embeddings": False},
+    "mamba2": _RECURRENT | {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 12, "chunk_size": 16},
+    "mamba2-biased": _RECURRENT
+    | {
+        "num_heads": 4,
+        "head_dim": 32,
+        "n_groups": 1,
+        "state_size": 8,
+        "use_bias": True,
+        "use_conv_bias": False,
+        "tie_word_embeddings": True,
+    },
 }
 
 
@@ -115,7 +184,20 @@ def make_oracle(name: str, folder: Path, seed: int = 0, **changes: Any) -> trans
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     randomise(model, seed)
     model.eval().save_pretrained(folder)
+    if name.startswith("kimi_linear"):
+        _as_released(folder)
     return model
+
+
+def _as_released(folder: Path) -> None:
+    """Dense layers under the name that released checkpoints of Kimi Linear have: transformers reads it, and saves them
+    as if they were experts."""
+    file = folder / "model.safetensors"
+    tensors = {
+        re.sub(r"block_sparse_moe\.(gate|up|down)_proj", r"mlp.\1_proj", name): tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(tensors, file, {"format": "pt"})
 
 
 @torch.no_grad()
@@ -144,6 +226,8 @@ def as_v4(folder: Path) -> None:
     rope = config.pop("rope_parameters", None)
     if rope:
         config["rope_theta"] = rope.pop("rope_theta", 10000.0)
+        if "partial_rotary_factor" in rope:
+            config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
         config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     indexers = config.pop("indexer_types", None)
     if indexers and "index_topk_freq" not in config:

@@ -33,6 +33,9 @@ def test_record_sizes() -> None:
     [
         ("llama", "auto", "auto"),
         ("jamba", "auto", "auto"),
+        ("mamba2", "auto", "auto"),
+        ("qwen3_next", "auto", "auto"),
+        ("kimi_linear", "fp8", "auto"),
         ("deepseek_v32", "auto", "bf16"),
         ("deepseek_v32", "fp8", "fp8"),
         ("deepseek_v32", "auto", "int8"),
@@ -48,7 +51,7 @@ def test_plan_equals_allocation(name: str, latents: str, index: str) -> None:
     paged = sum(layout.pages.nbytes for block in blocks for layout in block.paged)
     states = sum(state.nbytes for block in blocks if block.state for state in block.state.states)
     assert (paged, states) == (3 * plan.page_bytes, 2 * plan.slot_bytes)
-    assert plan.has_slots == (name == "jamba")
+    assert plan.has_slots == (name in ("jamba", "mamba2", "qwen3_next", "kimi_linear"))
 
 
 def test_automatic_dtypes() -> None:
@@ -104,7 +107,7 @@ def test_refusals(options: dict[str, str], culprit: str) -> None:
         plan_cache(config_of("llama"), torch.float32, "fp8")
 
 
-@pytest.mark.parametrize("name", ["llama", "deepseek_v32", "jamba"])
+@pytest.mark.parametrize("name", ["llama", "deepseek_v32", "jamba", "kimi_linear", "mamba2"])
 def test_copies(name: str) -> None:
     """A fork's copy that forgets a layer, a part of a page, or a state."""
     store = CacheStore(plan_cache(config_of(name), torch.bfloat16), pages=4, slots=4)

@@ -177,7 +177,7 @@ def test_picture_without_matplotlib(run: Any, tmp_path: Path, monkeypatch: pytes
 def plan_of(name: str, context: int = 32768) -> Plan:
     from foveal.config import read_config
 
-    return make_plan(name, read_config(released(name), to_run=False), Request(context, find_device("h100")))
+    return make_plan(name, read_config(released(name)), Request(context, find_device("h100")))
 
 
 def test_curves_are_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:

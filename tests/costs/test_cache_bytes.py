@@ -88,15 +88,26 @@ def test_hybrids_by_their_layers() -> None:
     jamba = cost_of(read_config(released("jamba-1.5-large")), "bfloat16")
     assert jamba.bytes_per_token == 9 * 2 * 8 * 128 * 2
     assert jamba.state_bytes == 63 * (3 * 16384 * 2 + 16384 * 16 * 4)
-    kimi = cost_of(read_config(released("kimi-linear-48b"), to_run=False), "bfloat16")
+    kimi = cost_of(read_config(released("kimi-linear-48b")), "bfloat16")
     assert kimi.bytes_per_token == 7 * 576 * 2
     assert kimi.state_bytes == 20 * (3 * 3 * 4096 * 2 + 32 * 128 * 128 * 4)
-    mamba = cost_of(read_config(released("mamba-2.8b"), to_run=False), "float32")
+    mamba = cost_of(read_config(released("mamba-2.8b")), "float32")
     assert mamba.bytes_per_token == 0 and mamba.sequence_bytes(1) == mamba.sequence_bytes(10**6) == mamba.state_bytes
 
 
+def test_jamba_at_256k() -> None:
+    """The published sizes of the attention cache at 256K (arXiv 2408.12570): 4 GiB for 1.5-Mini, 9 GiB for
+    1.5-Large; and float32 states beside it that do not grow."""
+    large = released("jamba-1.5-large")
+    mini = large | {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 14336}
+    for raw, attention, state in ((mini, 4, 15.3), (large, 9, 68.9)):
+        cost = cost_of(read_config(raw), "bfloat16")
+        assert cost.sequence_bytes(1 << 18) - cost.state_bytes == attention << 30
+        assert cost.state_bytes / (1 << 20) == pytest.approx(state, abs=0.05)
+
+
 @pytest.mark.parametrize("name", ["kimi_linear", "mamba"])
-def test_states_of_families_that_do_not_run_yet(name: str) -> None:
+def test_states_of_recurrent_families(name: str) -> None:
     """States of another shape than transformers keeps (which holds one input of the convolution more)."""
     small = {"vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 4}
     kimi = {
@@ -127,7 +138,7 @@ def test_states_of_families_that_do_not_run_yet(name: str) -> None:
     recurrent = [layer for layer in layers if hasattr(layer, "recurrent_states")]
     inputs = sum(layer.conv_states[0][..., 1:].numel() for layer in recurrent)
     states = sum(layer.recurrent_states[0].numel() for layer in recurrent)
-    config = read_config(raw | {"model_type": name}, to_run=False)
+    config = read_config(raw | {"model_type": name})
     assert cost_of(config, "bfloat16").state_bytes == 2 * inputs + 4 * states
     latents = [layer for layer in layers if layer not in recurrent]
     cached = sum(layer.keys.shape[-1] + layer.values.shape[-1] for layer in latents)

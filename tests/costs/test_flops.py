@@ -1,5 +1,6 @@
 """The arithmetic that is planned against the arithmetic that is done, counted by torch and by formulas of our own."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from foveal.cache.store import CacheStore, plan_cache
 from foveal.config import ModelConfig, read_config
-from foveal.config.model import BlockConfig, GQAConfig, MambaConfig, MLAConfig, MoEConfig
+from foveal.config.model import BlockConfig, GQAConfig, MLAConfig, MoEConfig, RecurrentConfig
 from foveal.config.released import released
 from foveal.costs import causal_pairs
 from foveal.costs.macs import Form, projection_macs, running_macs, step_macs
@@ -84,10 +85,15 @@ def index_sums(config: ModelConfig, queries: int, context: int) -> int:
 
 def elementwise(config: ModelConfig, tokens: int) -> int:
     """What the reference's recurrences compute element by element, which torch does not count: the convolution, and all
-    of a state's update but the product with C."""
+    of a state's update but the product with C (the query), and with the key by the delta rule."""
     mixers = [block.operation for block in config.blocks]
-    mambas = [mixer for mixer in mixers if isinstance(mixer, MambaConfig)]
-    return tokens * sum(mamba.inner * (mamba.conv + 2 * mamba.state) for mamba in mambas)
+    recurrent = [mixer for mixer in mixers if isinstance(mixer, RecurrentConfig)]
+    return tokens * sum(_convolution(mixer) + 2 * math.prod(mixer.state_shape) for mixer in recurrent)
+
+
+def _convolution(mixer: RecurrentConfig) -> int:
+    """MACs of one token's convolution."""
+    return mixer.inputs_shape[1] * mixer.conv
 
 
 def lone_keys(config: ModelConfig, queries: int, context: int) -> int:
@@ -234,6 +240,7 @@ FULL_SIZE = {
     "llama-3-70b": 1,
     "mistral-7b": 1,
     "jamba-1.5-large": 8,
+    "kimi-linear-48b": 4,
 }
 """Layers until every kind has been seen."""
 
@@ -275,8 +282,8 @@ def matrix_macs(block: BlockConfig, hidden: int) -> int:
     total = sum(count for part, count in projection_macs(block, hidden).items() if part != "indexer")
     if isinstance(operation, MoEConfig):
         total -= 3 * operation.per_token * hidden * operation.hidden
-    elif isinstance(operation, MambaConfig):
-        total -= operation.inner * operation.conv
+    elif isinstance(operation, RecurrentConfig):
+        total -= _convolution(operation)
     elif isinstance(operation, MLAConfig):
         total += operation.kv_lora_rank * operation.heads * (operation.nope_dim + operation.value_dim)
     return total
@@ -313,6 +320,8 @@ def _shapes(name: str, *args: Any, **kwargs: Any) -> Any:
         return torch.where(place_K <= torch.arange(queries)[:, None], place_K, -1).int()
     if name in ("attention", "sparse_attention"):
         return args[0].new_empty(*args[0].shape[:2], args[2].context(0, 0, 1).shape[-1])
-    if name == "selective_scan":
+    if name in ("selective_scan", "ssd"):
         return args[0], args[5]
+    if name == "delta_rule":
+        return args[2], args[5]
     return (args[0], args[3]) if name == "causal_conv" else args[0]

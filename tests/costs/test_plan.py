@@ -17,7 +17,7 @@ REQUEST = Request(32768, find_device("h100"), price_per_hour=2.0)
 
 
 def model(name: str) -> ModelConfig:
-    return read_config(released(name), to_run=False)
+    return read_config(released(name))
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ SLOW = Device("slow", 1e12, 1e9, {"float32": 1e12, "bfloat16": 2e12, "fp8": 4e12
 
 
 def model(name: str) -> ModelConfig:
-    return read_config(released(name), to_run=False)
+    return read_config(released(name))
 
 
 def setup_of(name: str, weights: str = "bfloat16", device: Device = SLOW, devices: int = 1) -> Setup:

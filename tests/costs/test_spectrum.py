@@ -122,7 +122,7 @@ def test_models_without_a_spectrum(tmp_path: Path) -> None:
         latent_spectrum(tmp_path, read_config(tmp_path))
     mamba = {"model_type": "mamba", "vocab_size": 10, "hidden_size": 8, "num_hidden_layers": 1}
     with pytest.raises(ValueError, match="mamba has no attention layers"):
-        latent_spectrum(tmp_path, read_config(mamba, to_run=False))
+        latent_spectrum(tmp_path, read_config(mamba))
 
 
 def _header(entries: object) -> bytes:

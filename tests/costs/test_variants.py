@@ -11,7 +11,7 @@ from foveal.costs.macs import decode_formula
 
 
 def model(name: str, variant: str = "") -> ModelConfig:
-    config = read_config(released(name), to_run=False)
+    config = read_config(released(name))
     return apply_variant(config, variant) if variant else config
 
 

@@ -6,7 +6,6 @@ import transformers
 from oracle import FAMILIES
 
 from foveal.config import ModelConfig, read_config
-from foveal.config.families import PLANNED
 from foveal.config.model import Fp8Blocks
 from foveal.config.released import released, released_names
 from foveal.costs.parameters import bytes_of, count_parameters, released_dtype, total_parameters, weight_bytes
@@ -14,15 +13,13 @@ from foveal.costs.weights import Weight
 from foveal.kernels import quantise_weight
 from foveal.models.decoder import Decoder, Options
 
-RUN = [name for name in released_names() if released(name)["model_type"] not in PLANNED]
-
 
 def decoder(config: ModelConfig, dtype: torch.dtype) -> Decoder:
     with torch.device("meta"):
         return Decoder(config, Options(dtype=dtype))
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name", released_names())
 def test_parameters_and_bytes_of_released_models(name: str) -> None:
     """A weight that is forgotten, or kept in another dtype than planned."""
     config = read_config(released(name))
@@ -42,8 +39,8 @@ def test_parameters_of_every_family(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["mamba-2.8b", "kimi-linear-48b"])
-def test_parameters_of_models_that_do_not_run_yet(name: str) -> None:
-    """The same against transformers, for the families that Foveal cannot run."""
+def test_parameters_against_transformers(name: str) -> None:
+    """A layer that both the plan and the model have in another size than others have."""
     raw = released(name)
     config = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
     with torch.device("meta"):
@@ -51,7 +48,7 @@ def test_parameters_of_models_that_do_not_run_yet(name: str) -> None:
     stored = {id(parameter): parameter.numel() for parameter in model.parameters()}
     # transformers makes a buffer of the bias that chooses experts.
     buffers = [buffer.numel() for key, buffer in model.named_buffers() if key.endswith("e_score_correction_bias")]
-    planned = total_parameters(read_config(released(name), to_run=False)).total
+    planned = total_parameters(read_config(released(name))).total
     assert sum(stored.values()) + sum(buffers) == planned
 
 
@@ -71,7 +68,7 @@ def test_parameters_of_models_that_do_not_run_yet(name: str) -> None:
 )
 def test_published_sizes(name: str, total: float, active: float) -> None:
     """Built-in facts of another model: the sizes that their makers state, in billions (whole ones, mostly)."""
-    count = total_parameters(read_config(released(name), to_run=False))
+    count = total_parameters(read_config(released(name)))
     assert count.total / 1e9 == pytest.approx(total, rel=0.015)
     assert count.active / 1e9 == pytest.approx(active, rel=0.04)
 
@@ -101,6 +98,6 @@ def test_bytes_by_dtype() -> None:
 
 def test_released_dtypes() -> None:
     """A checkpoint being planned in a dtype that is not its own."""
-    dtypes = {name: released_dtype(read_config(released(name), to_run=False)) for name in released_names()}
+    dtypes = {name: released_dtype(read_config(released(name))) for name in released_names()}
     assert {name for name, dtype in dtypes.items() if dtype == "fp8"} == {"deepseek-v3", "deepseek-v3.2"}
     assert dtypes["mamba-2.8b"] == "float32" and dtypes["llama-3-70b"] == "bfloat16"

@@ -177,6 +177,17 @@ def test_prediction_layers_are_skipped_with_one_line(
     assert lines == ["skipped 3 tensors of multi-token-prediction layers: they are not used"]
 
 
+def test_prediction_layers_beside_the_others_are_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Guards against every released Qwen3-Next being refused for what stands under `mtp`."""
+    linear = {f"linear_num_{part}_heads": 2 for part in ("key", "value")}
+    linear |= {f"linear_{part}_head_dim": 4 for part in ("key", "value")}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 4}
+    raw = LLAMA | linear | experts | {"model_type": "qwen3_next", "head_dim": 8, "shared_expert_intermediate_size": 4}
+    load(write(tmp_path, raw, random_weights(raw) | {"mtp.fc.weight": torch.ones(8, 16)}))
+    lines = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert lines == ["skipped 1 tensors of multi-token-prediction layers: they are not used"]
+
+
 def test_an_ordinary_layer_is_no_prediction_layer(tmp_path: Path) -> None:
     """Guards against a lowered num_hidden_layers that makes a DeepSeek-V3 of fewer layers out of a whole one."""
     stored = random_weights(MLA | {"num_hidden_layers": 3}) | {"model.layers.3.eh_proj.weight": torch.ones(8, 16)}

@@ -8,7 +8,7 @@ import torch
 from foveal.cache.layouts import BlockCache, IndexKeyLayout, LatentLayout, PagedLayout, PlainLayout, StateLayout
 from foveal.config import ModelConfig
 from foveal.config.formats import PAGE_SIZE, index_key_bytes, latent_bytes
-from foveal.config.model import BlockConfig, GQAConfig, IndexerConfig, MambaConfig, MLAConfig
+from foveal.config.model import BlockConfig, GQAConfig, IndexerConfig, MLAConfig, RecurrentConfig
 
 KV_CACHE_DTYPES = {"auto": None, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp8": "fp8"}
 INDEX_DTYPES = KV_CACHE_DTYPES | {"int8": "int8", "float32": torch.float32, "fp32": torch.float32}
@@ -115,8 +115,8 @@ class CacheStore:
             return BlockCache(keys=self._plain(row, dtype), values=self._plain(row, dtype), index=index)
         if isinstance(mixer, MLAConfig):
             return BlockCache(latent=self._latent(mixer), index=index)
-        if isinstance(mixer, MambaConfig):
-            return BlockCache(state=StateLayout(self.slot_count, _mamba_states(mixer, self.plan.dtype), self._device))
+        if isinstance(mixer, RecurrentConfig):
+            return BlockCache(state=StateLayout(self.slot_count, _states(mixer, self.plan.dtype), self._device))
         return None
 
     def _plain(self, row: tuple[int, ...], dtype: torch.dtype) -> PlainLayout:
@@ -147,14 +147,14 @@ def _token_bytes(block: BlockConfig, dtype: torch.dtype, latent: StoredDtype, in
 
 
 def _slot_bytes(block: BlockConfig, dtype: torch.dtype) -> int:
-    if not isinstance(block.operation, MambaConfig):
+    if not isinstance(block.operation, RecurrentConfig):
         return 0
-    states = _mamba_states(block.operation, dtype)
+    states = _states(block.operation, dtype)
     return sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in states)
 
 
-def _mamba_states(mixer: MambaConfig, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    return [((mixer.conv - 1, mixer.inner), dtype), ((mixer.inner, mixer.state), torch.float32)]
+def _states(mixer: RecurrentConfig, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    return [(mixer.inputs_shape, dtype), (mixer.state_shape, torch.float32)]
 
 
 def _name(dtype: StoredDtype) -> str:

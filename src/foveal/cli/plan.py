@@ -117,14 +117,14 @@ def _config(model: str) -> "ModelConfig":
     from foveal.config.released import released, released_names
 
     if model in released_names():
-        return read_config(released(model), to_run=False)
+        return read_config(released(model))
     path = _path(model)
     if path.suffix == ".gguf" or not path.exists():
         raise ValueError(
             f"no config {model!r}: MODEL is a config.json, a directory that holds one, or one of "
             f"{', '.join(released_names())}"
         )
-    return read_config(path, to_run=False)
+    return read_config(path)
 
 
 def _path(model: str) -> Path:

@@ -48,6 +48,10 @@ class GQAConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: bool = False
+    centred_norms: bool = False
+    """The norms of queries and keys multiply by 1 + weight."""
+    gated: bool = False
+    """The query projection also makes a gate for each number of a head's output (Qwen3-Next)."""
     window: int | None = None
     """A query sees itself and the window - 1 tokens before it; None: every earlier token."""
 
@@ -95,6 +99,44 @@ class MambaConfig:
     proj_bias: bool = False
     norms: bool = True
 
+    @property
+    def inputs_shape(self) -> tuple[int, int]:
+        """[W - 1, X]: what the convolution remembers of a sequence, in the model's dtype."""
+        return self.conv - 1, self.inner
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """[X, Y]: the state of a sequence, in float32."""
+        return self.inner, self.state
+
+
+@dataclass(frozen=True)
+class Mamba2Config:
+    """Mamba-2 (arXiv 2405.21060, section 7): one decay a head; groups of heads share B and C, and are normed alone."""
+
+    heads: int
+    head_dim: int
+    state: int
+    groups: int
+    conv: int
+    conv_bias: bool = True
+    proj_bias: bool = False
+
+    @property
+    def inner(self) -> int:
+        """Width of all heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def inputs_shape(self) -> tuple[int, int]:
+        """[W - 1, X]: what the convolution over x, B and C remembers of a sequence, in the model's dtype."""
+        return self.conv - 1, self.inner + 2 * self.groups * self.state
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """[H, P, Y]: the state of a sequence, in float32."""
+        return self.heads, self.head_dim, self.state
+
 
 @dataclass(frozen=True)
 class KDAConfig:
@@ -104,6 +146,38 @@ class KDAConfig:
     heads: int
     head_dim: int
     conv: int
+
+    @property
+    def inputs_shape(self) -> tuple[int, int]:
+        """[W - 1, X]: what the convolutions over q, k and v remember of a sequence, in the model's dtype."""
+        return self.conv - 1, 3 * self.heads * self.head_dim
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """[H, P, P]: the state of a sequence, in float32."""
+        return self.heads, self.head_dim, self.head_dim
+
+
+@dataclass(frozen=True)
+class GatedDeltaConfig:
+    """The gated delta rule (arXiv 2412.06464) behind a short convolution on q, k and v, as in Qwen3-Next: each key head
+    serves as many of the `heads` value heads as follow one another."""
+
+    heads: int
+    key_heads: int
+    key_dim: int
+    value_dim: int
+    conv: int
+
+    @property
+    def inputs_shape(self) -> tuple[int, int]:
+        """[W - 1, X]: what the convolution over q, k and v remembers of a sequence, in the model's dtype."""
+        return self.conv - 1, 2 * self.key_heads * self.key_dim + self.heads * self.value_dim
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """[H, P, V]: the state of a sequence, in float32."""
+        return self.heads, self.key_dim, self.value_dim
 
 
 @dataclass(frozen=True)
@@ -141,6 +215,8 @@ class MoEConfig:
     hidden: int
     router: RouterConfig
     shared_hidden: int = 0
+    shared_gate: bool = False
+    """The shared expert's output is multiplied by a sigmoid of the token (Qwen2-MoE)."""
     activation: str = "silu"
     bias: bool = False
     """Biases in the shared expert (the routed ones never have any)."""
@@ -151,7 +227,9 @@ class MoEConfig:
             raise ValueError(f"config.json: {self.per_token} experts a token cannot come from {self.experts} experts")
 
 
-MixerConfig = GQAConfig | MLAConfig | MambaConfig | KDAConfig
+RecurrentConfig = MambaConfig | Mamba2Config | GatedDeltaConfig | KDAConfig
+"""Mixers that keep a state of constant size instead of something for each token."""
+MixerConfig = GQAConfig | MLAConfig | RecurrentConfig
 FeedForwardConfig = MLPConfig | MoEConfig
 OperationConfig = MixerConfig | FeedForwardConfig
 
@@ -190,6 +268,8 @@ class ModelConfig:
     layers: tuple[LayerConfig, ...]
     norm_eps: float
     max_positions: int
+    centred_norms: bool = False
+    """The norms before blocks and head multiply by 1 + weight."""
     tied_embeddings: bool = False
     dtype: str = "float32"
     """The dtype the checkpoint is meant to run in, by its torch name."""

@@ -5,36 +5,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from foveal.config.families import FAMILIES, PLANNED
+from foveal.config.families import FAMILIES
 from foveal.config.families.common import WeightNames
 from foveal.config.fields import Fields
 from foveal.config.model import ModelConfig
 
 
-def read_config(source: str | Path | Mapping[str, Any], *, to_run: bool = True) -> ModelConfig:
+def read_config(source: str | Path | Mapping[str, Any]) -> ModelConfig:
     """Read a config.json (file, directory that holds one, or its parsed content).
 
-    With `to_run` False families are read, too, that can be planned and not run. Raises ValueError for an unknown
-    `model_type` or a field that changes results and is not supported, and FileNotFoundError where there is no such
-    file.
+    Raises ValueError for an unknown `model_type` or a field that changes results and is not supported, and
+    FileNotFoundError where there is no such file.
     """
     raw = source if isinstance(source, Mapping) else _parse(Path(source))
     fields = Fields(raw)
     if "model_type" not in raw:
         raise ValueError("config.json lacks 'model_type', which says how to read the rest")
-    families = FAMILIES if to_run else FAMILIES | PLANNED
-    family = families.get(fields.family)
-    if family is None and fields.family in PLANNED:
-        raise ValueError(f"model_type {fields.family!r} can be planned (foveal plan), but not run yet")
+    family = FAMILIES.get(fields.family)
     if family is None:
-        raise ValueError(f"model_type {fields.family!r} is not supported (only {', '.join(families)})")
+        raise ValueError(f"model_type {fields.family!r} is not supported (only {', '.join(FAMILIES)})")
     config: ModelConfig = family.read(fields)
     return config
 
 
 def weight_names(family: str) -> WeightNames:
     """The checkpoint names of a family."""
-    names: WeightNames = (FAMILIES | PLANNED)[family].NAMES
+    names: WeightNames = FAMILIES[family].NAMES
     return names
 
 

@@ -27,14 +27,17 @@ _MOST_STRETCHED = 1_000_000  # times; beyond that a factor is a mistake
 _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
-def read_rope(fields: Fields, dim: int, *, interleaved: bool = False) -> RopeConfig:
+def read_rope(fields: Fields, dim: int, *, interleaved: bool = False, partial: float | None = None) -> RopeConfig:
     """The rotary embedding of `dim` dimensions that the config asks for.
 
-    Raises ValueError for a kind, key or value that is not supported.
+    `partial`: the family turns a share of them, this one where the config names none; None: it turns all, and another
+    share is refused. Raises ValueError for a kind, key or value that is not supported.
     """
+    if partial is not None:
+        dim = int(dim * _share(fields, partial))
     if dim < 2 or dim % 2:
         raise ValueError(f"config.json: rotary embedding needs an even number of dimensions, not {dim}")
-    settings = rope_settings(fields)
+    settings = rope_settings(fields, partial=partial is not None)
     default_theta = fields.number("rope_theta", 10000.0)
     theta = settings["rope_theta"] or default_theta
     if theta <= 0:
@@ -45,16 +48,27 @@ def read_rope(fields: Fields, dim: int, *, interleaved: bool = False) -> RopeCon
     return RopeConfig(dim=dim, theta=theta, interleaved=interleaved, scaling=scaling)
 
 
-def rope_settings(fields: Fields) -> dict[str, Any]:
+def _share(fields: Fields, default: float) -> float:
+    """The share of dimensions that are turned, whichever place names it."""
+    dictionaries = (fields.raw, fields.mapping("rope_scaling"), fields.mapping("rope_parameters"))
+    fields.skip("partial_rotary_factor")
+    shares = [share for named in dictionaries if (share := named.get("partial_rotary_factor")) is not None] or [default]
+    if any(share != shares[0] for share in shares) or not is_number(shares[0]) or not 0 < shares[0] <= 1:
+        raise ValueError(f"config.json: 'partial_rotary_factor' must be one number up to 1, not {shares}")
+    return float(shares[0])
+
+
+def rope_settings(fields: Fields, *, partial: bool = False) -> dict[str, Any]:
     """The config's rope dictionary, with `rope_theta` None where it has none.
 
     Where both spellings are there, the scaling is that of the one which scales, and theta that of the one which has it.
+    Unless `partial`, a share of dimensions that are turned is refused.
     """
-    if fields.number("partial_rotary_factor", 1.0) != 1.0:
+    if not partial and fields.number("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(
             f"config.json: 'partial_rotary_factor' = {fields.raw['partial_rotary_factor']} is not supported"
         )
-    old, new = _settings(fields, "rope_scaling"), _settings(fields, "rope_parameters")
+    old, new = (_settings(fields, name, partial=partial) for name in ("rope_scaling", "rope_parameters"))
     both = (old, new) if _kind(old) != "default" else (new, old)
     scaling, other = both
     contradicts = _kind(other) != "default" and _scaling_keys(old) != _scaling_keys(new)
@@ -63,7 +77,7 @@ def rope_settings(fields: Fields) -> dict[str, Any]:
     return scaling | {"rope_theta": _theta(scaling) or _theta(other)}
 
 
-def _settings(fields: Fields, name: str) -> dict[str, Any]:
+def _settings(fields: Fields, name: str, *, partial: bool) -> dict[str, Any]:
     """One spelling's dictionary, without nulls; refuses what is not supported."""
     settings = {key: value for key, value in fields.mapping(name).items() if value is not None}
     kind = _kind(settings)
@@ -78,7 +92,7 @@ def _settings(fields: Fields, name: str) -> dict[str, Any]:
     for key in sorted(settings.keys() & (_KEYS[kind] | {"rope_theta"})):
         if not is_number(settings[key]) and not (key == "truncate" and isinstance(settings[key], bool)):
             raise ValueError(f"config.json: {name} key '{key}' must be a number, not {settings[key]!r}")
-    if settings.get("partial_rotary_factor", 1.0) != 1.0:
+    if not partial and settings.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(
             f"config.json: {name} key 'partial_rotary_factor' = {settings['partial_rotary_factor']} is not supported"
         )

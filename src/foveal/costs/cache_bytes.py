@@ -1,10 +1,11 @@
 """What a sequence keeps in memory: keys and values, latents, index keys, recurrent states."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from foveal.config.formats import ITEM_BYTES, PAGE_SIZE, index_key_bytes, latent_bytes
-from foveal.config.model import BlockConfig, GQAConfig, KDAConfig, MambaConfig, MLAConfig, ModelConfig
+from foveal.config.model import BlockConfig, GQAConfig, MLAConfig, ModelConfig, RecurrentConfig
 
 CachePart = Literal["keys_values", "latents", "index_keys"]
 LATENT_DTYPES = ("auto", "bf16", "fp8")
@@ -137,14 +138,11 @@ def block_rows(block: BlockConfig, dtypes: CacheDtypes) -> list[CacheRow]:
 def state_bytes(block: BlockConfig, dtype: str) -> int:
     """Bytes of one sequence's recurrent state, constant in the context.
 
-    Mamba-1: the last W - 1 inputs of the convolution, X numbers each, and X Y numbers of state. KDA: the same for q, k
-    and v, and H P^2. States are float32, inputs are in the model's dtype.
+    The last W - 1 inputs of the convolutions, in the model's dtype, and a float32 state. Mamba-1: X inputs, X Y numbers
+    of state. Mamba-2: X + 2 G Y and X Y. KDA: 3 H P and H P^2. Gated
+    delta rule: 2 G P + H V and H P V.
     """
     mixer = block.operation
-    if isinstance(mixer, MambaConfig):
-        inputs, state = (mixer.conv - 1) * mixer.inner, mixer.inner * mixer.state
-    elif isinstance(mixer, KDAConfig):
-        inputs, state = 3 * (mixer.conv - 1) * mixer.heads * mixer.head_dim, mixer.heads * mixer.head_dim**2
-    else:
+    if not isinstance(mixer, RecurrentConfig):
         return 0
-    return inputs * ITEM_BYTES[dtype] + state * _STATE_BYTES
+    return math.prod(mixer.inputs_shape) * ITEM_BYTES[dtype] + math.prod(mixer.state_shape) * _STATE_BYTES

@@ -10,7 +10,16 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from foveal.config.model import BlockConfig, GQAConfig, KDAConfig, MambaConfig, MLAConfig, ModelConfig
+from foveal.config.model import (
+    BlockConfig,
+    GatedDeltaConfig,
+    GQAConfig,
+    KDAConfig,
+    Mamba2Config,
+    MambaConfig,
+    MLAConfig,
+    ModelConfig,
+)
 from foveal.costs.attention import MLAForm, causal_pairs, cheapest_mla_form, mla_macs, selected_pairs
 from foveal.costs.weights import Part, block_weights
 
@@ -122,14 +131,15 @@ def index_core_macs(block: BlockConfig, queries: int, context: int) -> int:
 def state_macs(block: BlockConfig) -> int:
     """MACs of one token's update of a recurrent state, element by element.
 
-    Mamba-1: 3 X Y (decay, input, output: arXiv 2312.00752, equation 2). KDA: 4 H P^2 (decay, k^T S, the outer product,
-    q^T S: arXiv 2510.26692, equation 1), as the recurrence computes it; chunked forms do more, in larger products.
+    Mamba-1: 3 X Y (decay, input, output: arXiv 2312.00752, equation 2). Mamba-2: the same, X = H P. KDA: 4 H P^2
+    (decay, k^T S, the outer product, q^T S: arXiv 2510.26692, equation 1). Gated delta rule: 4 H P V likewise. So the
+    recurrence computes it; chunked forms do more, in larger products.
     """
     mixer = block.operation
-    if isinstance(mixer, MambaConfig):
-        return 3 * mixer.inner * mixer.state
-    if isinstance(mixer, KDAConfig):
-        return 4 * mixer.heads * mixer.head_dim**2
+    if isinstance(mixer, MambaConfig | Mamba2Config):
+        return 3 * math.prod(mixer.state_shape)
+    if isinstance(mixer, GatedDeltaConfig | KDAConfig):
+        return 4 * math.prod(mixer.state_shape)
     return 0
 
 

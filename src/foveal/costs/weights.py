@@ -9,9 +9,11 @@ from typing import Literal
 
 from foveal.config.model import (
     BlockConfig,
+    GatedDeltaConfig,
     GQAConfig,
     IndexerConfig,
     KDAConfig,
+    Mamba2Config,
     MambaConfig,
     MixerConfig,
     MLAConfig,
@@ -82,13 +84,18 @@ def _mixer(mixer: MixerConfig, hidden: int) -> Iterator[Weight]:
         return _mla(mixer, hidden)
     if isinstance(mixer, MambaConfig):
         return _mamba(mixer, hidden)
+    if isinstance(mixer, Mamba2Config):
+        return _mamba2(mixer, hidden)
+    if isinstance(mixer, GatedDeltaConfig):
+        return _gated_delta(mixer, hidden)
     return _kda(mixer, hidden)
 
 
 def _gqa(gqa: GQAConfig, hidden: int) -> Iterator[Weight]:
-    """Queries D -> H P, keys and values D -> G P each, output H P -> D (arXiv 2305.13245)."""
+    """Queries D -> H P, keys and values D -> G P each, output H P -> D (arXiv 2305.13245). Gated: queries and gates
+    D -> 2 H P."""
     query, key = gqa.heads * gqa.head_dim, gqa.kv_heads * gqa.head_dim
-    for name, rows in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
+    for name, rows in (("q_proj", 2 * query if gqa.gated else query), ("k_proj", key), ("v_proj", key)):
         yield Weight("attention", name, rows, hidden)
         if gqa.qkv_bias:
             yield _vector("attention", f"{name}.bias", rows)
@@ -152,6 +159,36 @@ def _mamba(mamba: MambaConfig, hidden: int) -> Iterator[Weight]:
             yield _vector("recurrence", name, size)
 
 
+def _mamba2(mamba: Mamba2Config, hidden: int) -> Iterator[Weight]:
+    """In D -> 2 X + 2 G Y + H, convolution (X + 2 G Y) W, norm X, out X -> D; A, D and the bias of dt [H] (arXiv
+    2405.21060, section 7)."""
+    mixed = mamba.inputs_shape[1]
+    yield Weight("recurrence", "in_proj", mamba.inner + mixed + mamba.heads, hidden)
+    yield Weight("recurrence", "conv1d", mixed, mamba.conv, storage="plain")
+    yield _vector("recurrence", "norm", mamba.inner)
+    yield Weight("recurrence", "out_proj", hidden, mamba.inner)
+    for name in ("A_log", "D", "dt_bias"):
+        yield _vector("recurrence", name, mamba.heads, storage="float32")
+    if mamba.conv_bias:
+        yield _vector("recurrence", "conv1d.bias", mixed)
+    if mamba.proj_bias:
+        yield _vector("recurrence", "in_proj.bias", mamba.inner + mixed + mamba.heads)
+        yield _vector("recurrence", "out_proj.bias", hidden)
+
+
+def _gated_delta(delta: GatedDeltaConfig, hidden: int) -> Iterator[Weight]:
+    """Queries, keys, values and output gates D -> 2 G P + 2 H V, learning rates and decays D -> 2 H, convolution
+    (2 G P + H V) W, output H V -> D (arXiv 2412.06464, section 3.4)."""
+    mixed, values = delta.inputs_shape[1], delta.heads * delta.value_dim
+    yield Weight("recurrence", "in_proj_qkvz", mixed + values, hidden)
+    yield Weight("recurrence", "in_proj_ba", 2 * delta.heads, hidden)
+    yield Weight("recurrence", "conv1d", mixed, delta.conv, storage="plain")
+    yield Weight("recurrence", "out_proj", hidden, values)
+    yield _vector("recurrence", "norm", delta.value_dim)
+    for name in ("A_log", "dt_bias"):
+        yield _vector("recurrence", name, delta.heads, storage="float32")
+
+
 def _kda(kda: KDAConfig, hidden: int) -> Iterator[Weight]:
     """Queries, keys and values D -> H P with a convolution each; decay and output gates D -> P -> H P; a learning rate
     a head D -> H; output H P -> D (Kimi Linear report, arXiv 2510.26692, section 4)."""
@@ -190,6 +227,8 @@ def _moe(moe: MoEConfig, hidden: int) -> Iterator[Weight]:
         yield Weight("feed_forward", f"experts.{part}", rows, columns, copies=moe.experts, active=moe.per_token)
     if moe.shared_hidden:
         yield from _mlp(moe.shared_hidden, hidden, moe.bias, "shared_experts")
+    if moe.shared_gate:
+        yield Weight("feed_forward", "shared_expert_gate", 1, hidden, storage="plain")
 
 
 def _vector(part: Part, name: str, size: int, storage: Storage = "plain") -> Weight:

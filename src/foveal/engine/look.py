@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foveal.config import ModelConfig
-from foveal.config.model import BlockConfig, GQAConfig, MambaConfig, MLAConfig
+from foveal.config.model import BlockConfig, GQAConfig, MLAConfig, RecurrentConfig
 from foveal.kernels.recall import attention_recall
 from foveal.nn.watch import Sight
 
@@ -33,7 +33,7 @@ def layer_sights(config: ModelConfig) -> tuple[LayerSight, ...]:
     for index, layer in enumerate(config.layers):
         for block in layer:
             reach = block.indexer.topk if block.indexer else reach
-            if isinstance(block.operation, GQAConfig | MLAConfig | MambaConfig):
+            if isinstance(block.operation, GQAConfig | MLAConfig | RecurrentConfig):
                 sights.append(_sight(index, block, reach))
     return tuple(sights)
 
@@ -44,7 +44,7 @@ def sparse_layers(config: ModelConfig) -> tuple[bool, ...]:
 
 
 def _sight(layer: int, block: BlockConfig, topk: int | None) -> LayerSight:
-    if isinstance(block.operation, MambaConfig):
+    if isinstance(block.operation, RecurrentConfig):
         return LayerSight(layer, "recurrent")
     if block.indexer or block.shared_selection:
         return LayerSight(layer, "sparse", topk)

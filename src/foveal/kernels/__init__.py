@@ -6,6 +6,7 @@ from foveal.kernels import cpu as _cpu
 from foveal.kernels import gpu as _gpu
 from foveal.kernels import packed as _packed
 from foveal.kernels.activation import gated
+from foveal.kernels.delta import delta_rule, linear_attention
 from foveal.kernels.dense import attention
 from foveal.kernels.dispatch import Operation
 from foveal.kernels.divergence import index_divergence
@@ -21,6 +22,7 @@ from foveal.kernels.rope import apply_rope
 from foveal.kernels.scan import causal_conv, selective_scan
 from foveal.kernels.selection import select
 from foveal.kernels.sparse import sparse_attention
+from foveal.kernels.ssd import ssd
 
 __all__ = [
     "QUANTIZATIONS",
@@ -36,12 +38,14 @@ __all__ = [
     "apply_rope",
     "attention",
     "causal_conv",
+    "delta_rule",
     "experts",
     "flash_attention",
     "gated",
     "hadamard",
     "index_divergence",
     "linear",
+    "linear_attention",
     "operations",
     "pack_weight",
     "quantise_e4m3",
@@ -52,6 +56,7 @@ __all__ = [
     "selective_scan",
     "sparse_attention",
     "sparse_gradients",
+    "ssd",
     "write_index_keys",
     "write_latents",
 ]
@@ -63,6 +68,7 @@ del _cpu, _gpu, _packed  # importing them registered the fast versions, and thos
 def operations() -> tuple[Operation[..., Any], ...]:
     """Every operation that has versions to choose from."""
     attentions = (attention, flash_forward, sparse_attention)
-    products = (linear, *attentions, select, experts, causal_conv, selective_scan)
+    recurrences = (causal_conv, selective_scan, ssd, linear_attention, delta_rule)
+    products = (linear, *attentions, select, experts, *recurrences)
     stores = (quantise_index, write_index_keys, write_latents)
     return (index_divergence, sparse_gradients, *products, *stores, rms_norm, add_rms_norm, apply_rope, gated)

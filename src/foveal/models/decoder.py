@@ -11,15 +11,29 @@ from torch.utils.checkpoint import checkpoint
 from foveal.cache.layouts import BlockCache
 from foveal.cache.store import CacheStore, resolve_index_dtype
 from foveal.config import ModelConfig
-from foveal.config.model import BlockConfig, GQAConfig, LayerConfig, MambaConfig, MLAConfig, MLPConfig, MoEConfig
+from foveal.config.model import (
+    BlockConfig,
+    GatedDeltaConfig,
+    GQAConfig,
+    KDAConfig,
+    LayerConfig,
+    Mamba2Config,
+    MambaConfig,
+    MLAConfig,
+    MLPConfig,
+    MoEConfig,
+)
 from foveal.kernels import QuantisedWeight, linear, pack_weight, quantise_weight
 from foveal.kernels.cpu.block import AnyBlock
 from foveal.nn.batch import Batch
 from foveal.nn.fused import Part, fuse
+from foveal.nn.gated_delta import GatedDelta
 from foveal.nn.gqa import GQA
 from foveal.nn.indexer import Indexer
+from foveal.nn.kda import KDA
 from foveal.nn.linear import Linear
 from foveal.nn.mamba import Mamba
+from foveal.nn.mamba2 import Mamba2
 from foveal.nn.mixer import Mixer
 from foveal.nn.mla import MLA
 from foveal.nn.mlp import MLP
@@ -62,7 +76,7 @@ class Decoder(nn.Module):
         self.config, self.options = config, options
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, options.dtype)
         self.layers = nn.ModuleList(Layer(layer, config, options) for layer in config.layers)
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=options.dtype)
+        self.norm = _norm(config, options)
         if not config.tied_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype=options.dtype)
         self._packed_head: Tensor | QuantisedWeight | None = None
@@ -167,7 +181,7 @@ class Block(nn.Module):
 
     def __init__(self, block: BlockConfig, config: ModelConfig, options: Options) -> None:
         super().__init__()
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=options.dtype)
+        self.norm = _norm(config, options)
         self.operation = _operation(block, config, options)
         self.indexer: Indexer | Selector | None = _indexer(block, config, options) if block.indexer else None
         self.sparse = block.indexer is not None or block.shared_selection
@@ -227,6 +241,10 @@ class Embedding(nn.Module):
         return embedding(ids_T, self.weight)
 
 
+def _norm(config: ModelConfig, options: Options) -> RMSNorm:
+    return RMSNorm(config.hidden_size, config.norm_eps, dtype=options.dtype, centred=config.centred_norms)
+
+
 def _operation(block: BlockConfig, config: ModelConfig, options: Options) -> nn.Module:
     operation, hidden, eps, dtype = block.operation, config.hidden_size, config.norm_eps, options.dtype
     if isinstance(operation, GQAConfig):
@@ -235,6 +253,12 @@ def _operation(block: BlockConfig, config: ModelConfig, options: Options) -> nn.
         return MLA(operation, hidden, dtype, options.mla_form)
     if isinstance(operation, MambaConfig):
         return Mamba(operation, hidden, eps, dtype)
+    if isinstance(operation, Mamba2Config):
+        return Mamba2(operation, hidden, eps, dtype)
+    if isinstance(operation, GatedDeltaConfig):
+        return GatedDelta(operation, hidden, eps, dtype)
+    if isinstance(operation, KDAConfig):
+        return KDA(operation, hidden, eps, dtype)
     if isinstance(operation, MoEConfig):
         return MoE(operation, hidden, dtype)
     assert isinstance(operation, MLPConfig)

@@ -3,17 +3,37 @@
 One table for both directions: loading copies into these views, saving writes them out.
 """
 
+import re
 from collections.abc import Iterator
 
 from torch import Tensor, nn
 
 from foveal.config import weight_names
-from foveal.config.model import GQAConfig, MambaConfig, MLAConfig, MLPConfig, MoEConfig
+from foveal.config.model import (
+    GatedDeltaConfig,
+    GQAConfig,
+    KDAConfig,
+    Mamba2Config,
+    MambaConfig,
+    MLAConfig,
+    MLPConfig,
+    MoEConfig,
+)
 from foveal.models.decoder import Block, Decoder, Layer
 from foveal.nn.linear import FusedLinear
 from foveal.nn.moe import Experts
+from foveal.nn.recurrent import FusedConvolution
 
-_KINDS = {GQAConfig: "gqa", MLAConfig: "mla", MambaConfig: "mamba", MLPConfig: "mlp", MoEConfig: "moe"}
+_KINDS = {
+    GQAConfig: "gqa",
+    MLAConfig: "mla",
+    MambaConfig: "mamba",
+    Mamba2Config: "mamba2",
+    GatedDeltaConfig: "gated_delta",
+    KDAConfig: "kda",
+    MLPConfig: "mlp",
+    MoEConfig: "moe",
+}
 
 
 def checkpoint_tensors(decoder: Decoder) -> dict[str, Tensor]:
@@ -34,7 +54,7 @@ def part_tensors(decoder: Decoder, prefix: str, part: nn.Module) -> dict[str, Te
     tensors: dict[str, Tensor] = {}
     for name, view in _views(part, prefix):
         for ours, theirs in weight_names(decoder.config.family).renames:
-            name = name.replace(ours, theirs)
+            name = re.sub(ours, theirs, name)
         assert name not in tensors, name
         tensors[name] = view
     return tensors
@@ -61,7 +81,7 @@ def checkpoint_parts(decoder: Decoder) -> Iterator[tuple[str, nn.Module]]:
 def _views(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
     for path, child in module.named_modules(prefix=prefix):
         for name, parameter in child.named_parameters(recurse=False):
-            if isinstance(child, FusedLinear):
+            if isinstance(child, FusedLinear | FusedConvolution):
                 yield from _fused(child, path, name, parameter.detach())
             elif isinstance(child, Experts):
                 yield from _experts(path, name, parameter.detach())
@@ -69,10 +89,10 @@ def _views(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
                 yield f"{path}.{name}", parameter.detach()
 
 
-def _fused(linear: FusedLinear, path: str, name: str, rows: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _fused(module: FusedLinear | FusedConvolution, path: str, name: str, rows: Tensor) -> Iterator[tuple[str, Tensor]]:
     """One view a part; a part stands where the fused module stands."""
     parent, start = path.rpartition(".")[0], 0
-    for part, count in linear.parts.items():
+    for part, count in module.parts.items():
         yield f"{parent}.{part}.{name}", rows[start : start + count]
         start += count
 

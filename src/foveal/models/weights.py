@@ -157,8 +157,9 @@ def _skip(stored: Mapping[str, _Entry], config: ModelConfig) -> dict[str, _Entry
     kept = {name: entry for name, entry in stored.items() if not name.endswith("rotary_emb.inv_freq")}
     if len(kept) < len(stored):
         logger.warning("skipped %d rotary buffers: they are computed", len(stored) - len(kept))
-    if config.mtp_layers or config.family in _MTP_FAMILIES:
+    if config.mtp_layers or config.family in _MTP_FAMILIES or names.prediction:
         extra = _prediction_layers(kept, names.layer, len(config.layers))
+        extra |= {name for name in kept if names.prediction and name.startswith(f"{names.prediction}.")}
         kept = {name: entry for name, entry in kept.items() if name not in extra}
         if extra:
             logger.warning("skipped %d tensors of multi-token-prediction layers: they are not used", len(extra))

@@ -82,7 +82,7 @@ def fuse(layers: Sequence[Sequence[tuple[Plain, AnyBlock | None]]]) -> list[Part
 
 def norm_of(norm: RMSNorm) -> Norm:
     """A norm as the kernels take it."""
-    return Norm(norm.weight, norm.eps)
+    return Norm(norm.scale, norm.eps)
 
 
 def layer_of(linear: Linear) -> Layer:

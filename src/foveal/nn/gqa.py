@@ -18,19 +18,20 @@ from foveal.nn.watch import Gaze
 
 
 class GQA(Mixer):
-    """Grouped-query attention (arXiv 2305.13245) with optional QK-norm, biases, window and rope; dense, or
-    over a selection that all heads share."""
+    """Grouped-query attention (arXiv 2305.13245) with optional QK-norm, biases, window, rope and output
+    gate; dense, or over a selection that all heads share."""
 
     def __init__(self, config: GQAConfig, hidden_size: int, norm_eps: float, dtype: torch.dtype) -> None:
         super().__init__()
         self.config = config
         query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        parts = {"q_proj": query, "k_proj": key, "v_proj": key}
+        # Gated, each head's query is followed by its gate.
+        parts = {"q_proj": 2 * query if config.gated else query, "k_proj": key, "v_proj": key}
         self.qkv_proj = FusedLinear(hidden_size, parts, bias=config.qkv_bias, dtype=dtype)
         self.o_proj = Linear(query, hidden_size, bias=config.o_bias, dtype=dtype)
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, norm_eps, dtype=dtype)
-            self.k_norm = RMSNorm(config.head_dim, norm_eps, dtype=dtype)
+            self.q_norm = RMSNorm(config.head_dim, norm_eps, dtype=dtype, centred=config.centred_norms)
+            self.k_norm = RMSNorm(config.head_dim, norm_eps, dtype=dtype, centred=config.centred_norms)
 
     def forward(
         self, x_TD: Tensor, latent_TX: Tensor, step: Step, cache: BlockCache | None, selection_TK: Tensor | None
@@ -38,6 +39,10 @@ class GQA(Mixer):
         """See `Mixer.forward`."""
         config = self.config
         qkv_TXP = self.qkv_proj(x_TD).unflatten(-1, (-1, config.head_dim))
+        if config.gated:
+            q_and_gate_TXP, kv_TXP = qkv_TXP.split([2 * config.heads, 2 * config.kv_heads], 1)
+            q_THP, gate_THP = q_and_gate_TXP.unflatten(1, (config.heads, 2)).unbind(2)
+            qkv_TXP = torch.cat((q_THP, kv_TXP), 1)
         # Queries and keys stand side by side, so one rope serves both.
         qk_TXP, v_TGP = qkv_TXP.split([config.heads + config.kv_heads, config.kv_heads], 1)
         if config.qk_norm:
@@ -54,6 +59,8 @@ class GQA(Mixer):
             out_THP = attention(q_THP, keys, values, step.queries, scale=config.scale, window=config.window)
         else:
             out_THP = self._sparse(q_THP, keys, values, step, selection_TK)
+        if config.gated:
+            out_THP = out_THP * gate_THP.sigmoid()
         return self.o_proj(out_THP.flatten(1))
 
     def _sparse(self, q_THP: Tensor, keys: KeySource, values: KeySource, step: Step, selection_TK: Tensor) -> Tensor:

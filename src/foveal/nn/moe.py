@@ -10,6 +10,7 @@ from torch.nn import functional
 from foveal.config.model import MoEConfig, RouterConfig
 from foveal.kernels import QuantisedWeight, experts, pack_weight, quantise_weight
 from foveal.kernels.activation import ACTIVATIONS
+from foveal.nn.linear import ExactLinear
 from foveal.nn.mlp import MLP
 
 
@@ -111,11 +112,17 @@ class MoE(nn.Module):
             if config.shared_hidden
             else None
         )
+        if config.shared_gate:
+            self.shared_expert_gate = ExactLinear(hidden_size, 1, dtype=dtype)
+        self.gated = config.shared_gate
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Routing]:
         """[T, D] -> [T, D], and which experts were chosen."""
         routing = self.gate(x_TD)
         out_TD = self.experts(x_TD, routing.weights_TA, routing.chosen_TA)
         if self.shared_experts is not None:
-            out_TD = out_TD + self.shared_experts(x_TD)
+            shared_TD = self.shared_experts(x_TD)
+            if self.gated:
+                shared_TD = shared_TD * self.shared_expert_gate(x_TD).sigmoid()
+            out_TD = out_TD + shared_TD
         return out_TD, routing

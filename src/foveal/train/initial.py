@@ -1,13 +1,16 @@
 """Random weights to start from."""
 
+import math
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from foveal.models.decoder import Decoder, Embedding
 from foveal.nn.indexer import Indexer
 from foveal.nn.linear import Linear
 from foveal.nn.mamba import Mamba
 from foveal.nn.moe import Experts, Router
+from foveal.nn.recurrent import Convolution, Recurrent
 
 # Weights whose results are added to the residual stream.
 _OUTPUTS = ("o_proj", "down_proj", "out_proj")
@@ -18,14 +21,16 @@ def initialise(decoder: Decoder, seed: int) -> None:
     """Give every weight of a new model its first value.
 
     Matrices: normal, of variance 1 / inputs; those that add to the residual stream are smaller by sqrt(2 x layers)
-    (GPT-2). Embeddings: 0.02. Biases: 0. Norms: 1. Depends on the seed and the names alone.
+    (GPT-2). Embeddings: 0.02. Biases: 0. Norms: 1. Recurrences: see `_start_recurrence`. Depends on the seed and the
+    names alone.
     """
     generator = torch.Generator().manual_seed(seed)
     shrink = (2 * len(decoder.layers)) ** -0.5
     for name, module in decoder.named_modules():
-        if isinstance(module, Mamba):
-            raise ValueError("a model with Mamba layers cannot be started from random weights yet")
         initialise_module(module, generator, shrink if name.endswith(_OUTPUTS) else 1.0, shrink)
+    for module in decoder.modules():  # at last: Mamba's time steps are the bias of a layer within
+        if isinstance(module, Recurrent):
+            _start_recurrence(module, generator)
 
 
 @torch.no_grad()
@@ -53,7 +58,28 @@ def initialise_module(module: nn.Module, generator: torch.Generator, scale: floa
     elif isinstance(module, Experts):
         _normal(module.gate_up_proj, module.gate_up_proj.shape[2] ** -0.5, generator)
         _normal(module.down_proj, expert_scale * module.down_proj.shape[2] ** -0.5, generator)
+    elif isinstance(module, Convolution):
+        _normal(module.weight, module.weight.shape[2] ** -0.5, generator)
+        if module.bias is not None:
+            module.bias.zero_()
 
 
-def _normal(weight: torch.Tensor, std: float, generator: torch.Generator) -> None:
+def _start_recurrence(mixer: Recurrent, generator: torch.Generator) -> None:
+    """Decays and time steps: A = 1, 2, ... Y in each channel of Mamba-1 (arXiv 2312.00752, section 3.6), elsewhere
+    evenly from 1 to 16 by head (arXiv 2405.21060, as in `mamba_ssm`); time steps from 0.001 to 0.1, evenly in their
+    logarithm, as what softplus makes of the bias; D = 1."""
+    parameters = dict(mixer.named_parameters())
+    decay = parameters["A_log"]
+    if isinstance(mixer, Mamba):
+        decay.copy_(torch.arange(1, decay.shape[1] + 1).log().expand_as(decay))
+    else:
+        decay.copy_((1 + 15 * torch.rand(decay.shape, generator=generator)).log())
+    bias = parameters["dt_proj.bias" if isinstance(mixer, Mamba) else "dt_bias"]
+    step = torch.exp(math.log(1e-3) + (math.log(1e-1) - math.log(1e-3)) * torch.rand(bias.shape, generator=generator))
+    bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+    if "D" in parameters:
+        parameters["D"].fill_(1)
+
+
+def _normal(weight: Tensor, std: float, generator: torch.Generator) -> None:
     weight.copy_(torch.randn(weight.shape, generator=generator) * std)

@@ -11,10 +11,12 @@ from foveal.config.families import (
     kimi_linear,
     llama,
     mamba,
+    mamba2,
     mistral,
     mixtral,
     qwen2,
     qwen3,
+    qwen3_next,
 )
 
 FAMILIES: dict[str, ModuleType] = {
@@ -28,10 +30,8 @@ FAMILIES: dict[str, ModuleType] = {
     "deepseek_v32": deepseek_v32,
     "glm_moe_dsa": glm_moe_dsa,
     "jamba": jamba,
-}
-
-PLANNED: dict[str, ModuleType] = {
-    "mamba": mamba,
+    "qwen3_next": qwen3_next,
     "kimi_linear": kimi_linear,
+    "mamba": mamba,
+    "mamba2": mamba2,
 }
-"""Families whose configs are understood, so that costs can be told, and whose layers are not there yet."""

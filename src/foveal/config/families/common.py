@@ -25,7 +25,8 @@ from foveal.config.rope import mscale_scale, read_rope, rope_settings
 @dataclass(frozen=True)
 class WeightNames:
     """Where a checkpoint keeps what. Inside an operation the library uses DeepSeek's and Llama's own names
-    (`q_proj`, `kv_a_proj_with_mqa`, `experts.3.up_proj`); `renames` lists where a family differs."""
+    (`q_proj`, `kv_a_proj_with_mqa`, `experts.3.up_proj`); `renames` lists where a family differs: what `re.sub` is to
+    replace, and by what."""
 
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
@@ -36,10 +37,18 @@ class WeightNames:
         default_factory=lambda: {"gqa": "self_attn", "mla": "self_attn", "mlp": "mlp", "moe": "mlp"}
     )
     indexer: str = "self_attn.indexer"
+    prediction: str | None = None
+    """Where multi-token-prediction layers stand, if not behind the others."""
     renames: tuple[tuple[str, str], ...] = ()
 
 
 LLAMA_NAMES = WeightNames()
+# Routed experts' layers as Mixtral calls them.
+NUMBERED_EXPERTS = (
+    (r"(experts\.\d+)\.gate_proj\.", r"\1.w1."),
+    (r"(experts\.\d+)\.up_proj\.", r"\1.w3."),
+    (r"(experts\.\d+)\.down_proj\.", r"\1.w2."),
+)
 # What transformers takes where a config leaves these out.
 V3_DEFAULTS: Mapping[str, Any] = {
     "bos_token_id": 0,

@@ -10,7 +10,7 @@ NAMES = common.WeightNames(
     final_norm="model.final_layernorm",
     norms=("input_layernorm", "pre_ff_layernorm"),
     operations={"gqa": "self_attn", "mamba": "mamba", "mlp": "feed_forward", "moe": "feed_forward"},
-    renames=((".gate.weight", ".router.weight"),),
+    renames=((r"\.gate\.weight", ".router.weight"),),
 )
 
 

@@ -1,5 +1,5 @@
 """Kimi Linear: Kimi Delta Attention in three layers of four, MLA without positions in the others, experts above the
-first layer. Read for `foveal plan`; not run yet."""
+first layer."""
 
 from foveal.config.families import common
 from foveal.config.fields import Fields
@@ -7,7 +7,7 @@ from foveal.config.model import BlockConfig, KDAConfig, MLAConfig, ModelConfig, 
 
 NAMES = common.WeightNames(
     operations={"kda": "self_attn", "mla": "self_attn", "mlp": "mlp", "moe": "block_sparse_moe"},
-    renames=((".gate_proj.", ".w1."), (".up_proj.", ".w3."), (".down_proj.", ".w2.")),
+    renames=common.NUMBERED_EXPERTS,
 )
 
 

@@ -6,7 +6,7 @@ from foveal.config.model import BlockConfig, ModelConfig, MoEConfig, RouterConfi
 
 NAMES = common.WeightNames(
     operations={"gqa": "self_attn", "moe": "block_sparse_moe"},
-    renames=((".gate_proj.", ".w1."), (".up_proj.", ".w3."), (".down_proj.", ".w2.")),
+    renames=common.NUMBERED_EXPERTS,
 )
 
 

@@ -54,6 +54,8 @@ class GQABlock:
     @property
     def fusable(self) -> bool:
         """Whether the kernels can read its weights and compute what it asks for."""
+        if self.config.gated:
+            return False
         return self.pairs <= MOST_PAIRS and _readable([self.norm, *(self.heads or ())], [self.qkv, self.out])
 
     def native(self, kernels: Kernels) -> Any:

@@ -1,17 +1,13 @@
-"""Families that can be planned and not run, and the built-in facts."""
+"""Recurrent families and the built-in facts."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from foveal import load_model
 from foveal.config import read_config, weight_names
-from foveal.config.families import FAMILIES, PLANNED
-from foveal.config.model import KDAConfig, MambaConfig, MLAConfig, MLPConfig, MoEConfig
+from foveal.config.model import GatedDeltaConfig, GQAConfig, KDAConfig, MambaConfig, MLAConfig, MLPConfig, MoEConfig
 from foveal.config.released import released, released_names
 
 KIMI: dict[str, Any] = {
@@ -39,23 +35,17 @@ KIMI: dict[str, Any] = {
     },
 }
 MAMBA = {"model_type": "mamba", "vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 2}
-
-
-@pytest.mark.parametrize("name", PLANNED)
-def test_they_are_refused_where_a_model_is_to_run(name: str, tmp_path: Path) -> None:
-    """A model being loaded whose layers are not there: one line that says so."""
-    raw = KIMI if name == "kimi_linear" else MAMBA
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match=f"'{name}' can be planned .* but not run yet"):
-        load_model(tmp_path)
-    assert read_config(tmp_path, to_run=False).family == name
-    assert name not in FAMILIES
-
-
-def test_an_unknown_family_is_refused_all_the_same() -> None:
-    """A plan that takes anything for a llama."""
-    with pytest.raises(ValueError, match=r"'gpt9' is not supported .*mamba, kimi_linear"):
-        read_config({"model_type": "gpt9"}, to_run=False)
+MAMBA2 = MAMBA | {"model_type": "mamba2", "num_heads": 8, "head_dim": 16}
+NEXT: dict[str, Any] = {
+    "model_type": "qwen3_next",
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}
+ALL = {raw["model_type"]: raw for raw in (KIMI, MAMBA, MAMBA2, NEXT)}
 
 
 @pytest.mark.parametrize("name", released_names())
@@ -63,7 +53,7 @@ def test_built_in_facts_are_read(name: str) -> None:
     """A built-in model that no reader takes, or without a source."""
     facts = released(name)
     assert str(facts["_source"]).startswith("https://huggingface.co/")
-    assert read_config(facts, to_run=False).layers
+    assert read_config(facts).layers
 
 
 def test_an_unknown_name() -> None:
@@ -74,7 +64,7 @@ def test_an_unknown_name() -> None:
 
 def test_kimi_linear_as_released() -> None:
     """Layers counted from 0 instead of 1, rope where there is none, a dense layer with experts."""
-    config = read_config(released("kimi-linear-48b"), to_run=False)
+    config = read_config(released("kimi-linear-48b"))
     mixers = [layer[0].operation for layer in config.layers]
     latents = {number + 1: mixer for number, mixer in enumerate(mixers) if isinstance(mixer, MLAConfig)}
     assert list(latents) == [4, 8, 12, 16, 20, 24, 27]
@@ -90,25 +80,25 @@ def test_kimi_linear_as_released() -> None:
 
 def test_mamba_as_released() -> None:
     """Norms that only Jamba has, or a limit on positions that nothing counts."""
-    config = read_config(released("mamba-2.8b"), to_run=False)
+    config = read_config(released("mamba-2.8b"))
     assert config.layers == config.layers[:1] * 64 and len(config.layers[0]) == 1
     assert config.layers[0][0].operation == MambaConfig(inner=5120, state=16, conv=4, dt_rank=160, norms=False)
     assert config.tied_embeddings and config.norm_eps == 1e-5 and config.max_positions > 1 << 25
 
 
-@pytest.mark.parametrize("raw", [KIMI, MAMBA], ids=["kimi_linear", "mamba"])
+@pytest.mark.parametrize("raw", ALL.values(), ids=ALL)
 def test_what_a_config_leaves_out_is_what_transformers_takes(raw: dict[str, Any]) -> None:
     """A default that is not the family's, and the fields that transformers v5 writes instead of a dictionary."""
     fields = {key: value for key, value in raw.items() if key != "model_type"}
     full = transformers.AutoConfig.for_model(raw["model_type"], **fields).to_dict()
     full.pop("linear_attn_config", None)
-    assert read_config(raw, to_run=False) == read_config(full, to_run=False)
+    assert read_config(raw) == read_config(full)
 
 
 def test_kimi_layers_without_a_pattern() -> None:
     """The layers that attend where a config does not say: transformers' choice."""
     raw = {key: value for key, value in KIMI.items() if key != "linear_attn_config"} | {"num_hidden_layers": 9}
-    layers = read_config(raw, to_run=False).layers
+    layers = read_config(raw).layers
     assert [number for number, layer in enumerate(layers) if isinstance(layer[0].operation, MLAConfig)] == [4, 8]
 
 
@@ -129,15 +119,25 @@ def test_kimi_layers_without_a_pattern() -> None:
         (MAMBA, {"rms_norm": False}, "'rms_norm' = False"),
         (MAMBA, {"state_size": 0}, "'state_size'"),
         (MAMBA, {"unheard_of": 1}, "'unheard_of' = 1"),
+        (MAMBA2, {"num_heads": 7}, "7 heads of 16 in 8 groups"),
+        (MAMBA2, {"n_groups": 3}, "8 heads of 16 in 3 groups"),
+        (MAMBA2, {"time_step_limit": [0.0, 1.0]}, "'time_step_limit' = "),
+        (MAMBA2, {"norm_before_gate": True}, "'norm_before_gate' = True"),
+        (NEXT, {"linear_num_value_heads": 24}, "linear_num_value_heads 24"),
+        (NEXT, {"partial_rotary_factor": 1.5}, "'partial_rotary_factor'"),
+        (NEXT, {"partial_rotary_factor": 0.5, "rope_scaling": {"partial_rotary_factor": 0.25}}, "'partial_rotary"),
+        (NEXT, {"layer_types": ["full_attention"]}, "'layer_types' must be 4"),
+        (NEXT, {"mlp_only_layers": "all"}, "'mlp_only_layers'"),
+        (NEXT, {"use_sliding_window": True}, "'use_sliding_window' = True"),
     ],
 )
 def test_refusals(raw: dict[str, Any], changes: dict[str, Any], culprit: str) -> None:
     """A field that changes the layers being ignored."""
     with pytest.raises(ValueError, match=culprit):
-        read_config(raw | changes, to_run=False)
+        read_config(raw | changes)
 
 
-@pytest.mark.parametrize("raw", [KIMI, MAMBA], ids=["kimi_linear", "mamba"])
+@pytest.mark.parametrize("raw", ALL.values(), ids=ALL)
 def test_checkpoint_names(raw: dict[str, Any]) -> None:
     """Names that transformers' own modules do not have: the embedding, the norms, a mixer in each layer."""
     fields = {key: value for key, value in raw.items() if key != "model_type"}
@@ -147,6 +147,20 @@ def test_checkpoint_names(raw: dict[str, Any]) -> None:
     names = weight_names(raw["model_type"])
     wanted = [names.embedding, names.final_norm, *(f"{names.layer.format(0)}.{norm}" for norm in names.norms)]
     assert {f"{name}.weight" for name in wanted} <= stored.keys()
-    for kind in names.operations.keys() & {"kda", "mla", "mamba"}:
+    for kind in names.operations.keys() & {"kda", "mla", config.model_type}:
         at = f"{names.layer.format(1)}.{names.operations[kind]}."
         assert any(name.startswith(at) for name in stored)
+
+
+def test_qwen3_next_as_released() -> None:
+    """Sizes, a share of turned dimensions, or a pattern other than the release's (Qwen3-Next-80B-A3B)."""
+    raw = NEXT | {"num_hidden_layers": 8, "head_dim": 256, "partial_rotary_factor": 0.25, "full_attention_interval": 4}
+    config = read_config(raw | {"rope_theta": 10000000, "rope_scaling": None, "norm_topk_prob": True})
+    mixers = [layer[0].operation for layer in config.layers]
+    assert [place for place, mixer in enumerate(mixers) if isinstance(mixer, GQAConfig)] == [3, 7]
+    attention, delta, experts = mixers[3], mixers[0], config.layers[0][1].operation
+    assert isinstance(attention, GQAConfig) and attention.rope and attention.gated and attention.qk_norm
+    assert (attention.rope.dim, attention.rope.theta) == (64, 1e7)
+    assert delta == GatedDeltaConfig(heads=32, key_heads=16, key_dim=128, value_dim=128, conv=4)
+    assert isinstance(experts, MoEConfig) and experts.shared_gate and experts.router.normalise
+    assert config.centred_norms and attention.centred_norms
