@@ -56,7 +56,7 @@ def test_who_learns_from_what(decoder: Decoder, dense: bool) -> None:
     language = losses.head_loss(decoder, x, torch.ones(63), losses.next_token(batch.ids_T.roll(-1)))
     indexers = indexer_parameters(decoder)
     base = [p for p in decoder.parameters() if p not in indexers and p.requires_grad]
-    assert isinstance(watch.total, Tensor) and len(watch.by_block) == len(decoder.layers)
+    assert isinstance(watch.total, Tensor)
     assert all(g is None for g in torch.autograd.grad(watch.total, base, allow_unused=True, retain_graph=True))
     assert all(g is None for g in torch.autograd.grad(language, list(indexers), allow_unused=True, retain_graph=True))
     assert all(g.abs().sum() > 0 for g in torch.autograd.grad(watch.total, list(indexers), retain_graph=True))
@@ -130,12 +130,12 @@ def test_activation_checkpoints_change_nothing(decoder: Decoder) -> None:
 def test_balance() -> None:
     """Even use must cost exactly 1 a token, and uneven use more; the gradient pulls towards rare experts."""
     config = RouterConfig("softmax", normalise=True)
-    even = torch.tensor([[0, 1], [2, 3], [1, 2], [3, 0]])
-    assert float(losses.balance_loss(torch.zeros(4, 4), even, (0, 4), config)) == pytest.approx(4)
-    logits = torch.tensor([[3.0, 0, 0, 0]] * 4, requires_grad=True)
-    loss = losses.balance_loss(logits, torch.zeros(4, 2, dtype=torch.int64), (0, 4), config)
+    even = 9 * torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 1], [1, 0, 0, 1], [0, 1, 1, 0]])
+    assert float(losses.balance_loss(even, 2, (0, 4), config)) == pytest.approx(4)
+    logits = torch.tensor([[3.0, 0.1, 0, 0]] * 4, requires_grad=True)
+    loss = losses.balance_loss(logits, 2, (0, 4), config)
     loss.backward()
-    assert loss > 4 and (logits.grad[:, 0] > 0).all()
+    assert logits.grad is not None and loss > 4 and (logits.grad[:, 0] > 0).all() and (logits.grad[:, 2] < 0).all()
 
 
 def test_move_bias() -> None:

@@ -1,7 +1,7 @@
 """Losses. What is large (logits, attention weights) lives for one tile, its gradient computed on the way."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -95,20 +95,17 @@ class IndexLoss:
 
     token_weights_T: Tensor
     total: Tensor | float = 0.0
-    by_block: list[float] = field(default_factory=list)
-    """Each block's weighted sum, first layer first."""
 
     def __call__(self, sight: Sight) -> None:
         """See `Watch`."""
         glance, gaze = sight.glance, sight.gaze
-        loss, divergence_T = index_divergence(
+        loss, _ = index_divergence(
             *(glance.q_TIJ, glance.weights_TI, glance.keys, gaze.q_THP, gaze.keys, sight.queries),
             self.token_weights_T,
             scale=gaze.scale,
             selection_TK=sight.selection_TK,
         )
         self.total = self.total + loss
-        self.by_block.append(float((divergence_T * self.token_weights_T).sum()))
 
 
 def router_scores(logits_TE: Tensor, config: RouterConfig) -> Tensor:
@@ -119,17 +116,18 @@ def router_scores(logits_TE: Tensor, config: RouterConfig) -> Tensor:
     return scores_TE / scores_TE.sum(-1, keepdim=True)
 
 
-def balance_loss(logits_TE: Tensor, chosen_TA: Tensor, offsets: tuple[int, ...], config: RouterConfig) -> Tensor:
+def balance_loss(logits_TE: Tensor, per_token: int, offsets: tuple[int, ...], config: RouterConfig) -> Tensor:
     """The sequence-wise auxiliary loss without its factor (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20), summed
     over sequences and weighted by their tokens: sum_i f_i P_i, 1 where experts are used evenly.
 
+    f counts the `per_token` experts of the highest scores, which the correction bias has no part in (equation 18).
     offsets: S + 1 rows at which sequences begin and end.
     """
     scores_TE = router_scores(logits_TE, config)
-    experts, per_token = scores_TE.shape[1], chosen_TA.shape[1]
+    experts, best_TA = scores_TE.shape[1], scores_TE.topk(per_token, -1).indices
     total = scores_TE.new_zeros(())
     for start, stop in pairwise(offsets):
-        used_E = one_hot(chosen_TA[start:stop], experts).sum((0, 1)) * (experts / (per_token * (stop - start)))
+        used_E = one_hot(best_TA[start:stop], experts).sum((0, 1)) * (experts / (per_token * (stop - start)))
         total = total + (used_E * scores_TE[start:stop].sum(0)).sum()
     return total
 

@@ -109,7 +109,7 @@ class Objective:
         if logits and stage.balance_weight:
             whole = partial(self._parallel.whole, own)
             parts = [
-                balance_loss(whole(logits_TE), whole(chosen_TA), offsets, config)
+                balance_loss(whole(logits_TE), chosen_TA.shape[1], offsets, config)
                 for logits_TE, chosen_TA, (config, _) in zip(logits, chosen, self._routers, strict=True)
             ]
             # Processes that share sequences all have their whole loss.

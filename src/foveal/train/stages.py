@@ -15,18 +15,16 @@ class StageKind:
     """base: everything but the indexers."""
     dense: bool
     """Sparse layers attend to everything."""
-    language: bool
-    """The next token's loss."""
     index: bool
     """The indexers' loss, over what was attended to."""
     distils: bool = False
-    """The divergence from a teacher."""
+    """The base learns from a teacher's next token instead of the text's."""
 
 
 KINDS: dict[Kind, StageKind] = {
-    "pretrain": StageKind("next-token loss, dense attention", "base", True, True, False),
-    "finetune": StageKind("next-token loss, indexers frozen", "base", False, True, False),
-    "warmup": StageKind("indexers alone learn where dense attention looks", "indexer", True, False, True),
-    "sparse": StageKind("sparse attention, both losses", "all", False, True, True),
-    "distil": StageKind("sparse attention, a teacher's distribution", "all", False, False, True, distils=True),
+    "pretrain": StageKind("next-token loss, dense attention", "base", dense=True, index=False),
+    "finetune": StageKind("next-token loss, indexers frozen", "base", dense=False, index=False),
+    "warmup": StageKind("indexers alone learn where dense attention looks", "indexer", dense=True, index=True),
+    "sparse": StageKind("sparse attention, both losses", "all", dense=False, index=True),
+    "distil": StageKind("sparse attention, a teacher's distribution", "all", dense=False, index=True, distils=True),
 }
