@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from foveal.evaluate.answers import DEPTHS, force_answers, make_samples
+from foveal.evaluate.perplexity import row_losses
 from foveal.evaluate.recall import over_layers, selection_quality
 from foveal.evaluate.tasks import PASSKEY, Setting
 from foveal.evaluate.text import Window
 from foveal.models.decoder import Decoder
 from foveal.nn.batch import Batch
 from foveal.train.data import Corpus, Feed, TrainingBatch
-from foveal.train.losses import head_loss, next_token
 from foveal.train.objective import target_weights
 from foveal.train.parallel import Parallel
 from foveal.train.schema import RunSettings, StageSettings
@@ -67,7 +67,6 @@ class Evaluator:
         """The first held-out rows, the same at every evaluation: of texts; made-up ones where no text has any. Of each
         `ranks` of them the rank-th, which at the end may be one too many."""
         context = self._stage.context
-        texts = [name for name in self._corpus.shards if len(self._corpus.documents(name, "held_out"))]
         feed = Feed(
             self._corpus,
             context=context,
@@ -76,7 +75,7 @@ class Evaluator:
             rank=rank,
             ranks=ranks,
             part="held_out",
-            sources=texts or None,
+            sources=self._corpus.held_out_texts or None,
         )
         yield from islice(feed, -(-self._wanted_rows // ranks))
 
@@ -129,8 +128,8 @@ class Evaluator:
         own, rows_t = self._parallel.share(packed)
         weights_T = torch.cat(target_weights(batch)).to(device)[rows_t]
         x_TD, _ = self._decoder.trunk(own)
-        loss = head_loss(self._decoder, x_TD, weights_T, next_token(packed.ids_T.roll(-1)[rows_t]))
-        return float(loss), float(weights_T.sum())
+        losses_T = row_losses(self._decoder, x_TD, packed.ids_T.roll(-1)[rows_t])
+        return float((losses_T * weights_T).sum()), float(weights_T.sum())
 
     def _sample(self, prompt: str) -> str:
         """The prompt's likeliest continuation. Every process computes it; the leading one's word counts, so that none

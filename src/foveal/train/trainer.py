@@ -181,8 +181,7 @@ class Trainer:
 
     def _check_held_out(self) -> None:
         asked = self.run.evaluate_tokens
-        held_out = [name for name in self.corpus.shards if len(self.corpus.documents(name, "held_out"))]
-        if asked and not held_out and not self.recipe.data.retrieval:
+        if asked and not self.corpus.held_out_texts and not self.recipe.data.retrieval:
             raise ValueError(
                 f"run.evaluate_tokens = {asked}, but no source has more than one document to hold out from"
             )

@@ -61,6 +61,11 @@ class Corpus:
         held_out = self.shards[name].held_out(self.settings.held_out)
         return np.flatnonzero(held_out if part == "held_out" else ~held_out)
 
+    @property
+    def held_out_texts(self) -> list[str]:
+        """The text sources that have documents kept for evaluation."""
+        return [name for name in self.shards if len(self.documents(name, "held_out"))]
+
     def open(self, part: Part, context: int, seed: int) -> list[OpenSource]:
         """Every source that has documents in this part. Made-up ones have other documents in each part."""
         sources = []
