@@ -242,8 +242,8 @@ def test_fork_copies_only_the_partial_page(length: int):
     manager.admit("a", tokens)
     compute(manager, "a", tokens)
     assert manager.reserve("a", 300)
-    copies = manager.fork("a", "b")
-    assert copies is not None
+    assert manager.fork("a", "b")
+    copies = manager.take_copies()
     manager.check()
     full = length // PAGE_SIZE
     assert manager.table("b")[:full] == manager.table("a")[:full]
@@ -261,11 +261,12 @@ def test_fork_without_room_changes_nothing():
     manager = CacheManager(3)
     run(manager, "a", [1] * 100)
     before = manager.usage
-    assert manager.fork("a", "b") is None
+    assert not manager.fork("a", "b")
     assert manager.usage == before
     manager.check()
     compute(manager, "a", [1] * 128)
-    assert manager.fork("a", "b") == Copies(pages=[], slots=[]), "full pages need no room"
+    assert manager.fork("a", "b"), "full pages need no room"
+    assert manager.take_copies() == Copies(pages=[], slots=[])
 
 
 def test_fork_evicts_for_its_copy():
@@ -275,29 +276,29 @@ def test_fork_evicts_for_its_copy():
     manager.free("a")
     run(manager, "b", [2] * 10)
     assert (manager.usage.pages_free, manager.usage.pages_cached) == (0, 1)
-    assert manager.fork("b", "c") == Copies(pages=[(manager.table("b")[0], manager.table("c")[0])], slots=[])
+    assert manager.fork("b", "c")
+    assert manager.take_copies() == Copies(pages=[(manager.table("b")[0], manager.table("c")[0])], slots=[])
     manager.check()
     assert manager.usage.pages_cached == 0
 
 
 def test_slots_one_a_sequence():
     """Guards against two sequences sharing a recurrent state, and a prefix hit without one."""
-    manager = CacheManager(16, slots=3)
+    manager = CacheManager(16, slots=3, prefix_caching=False)
     tokens = [1] * 130
     assert run(manager, "a", tokens) == 0
     assert manager.can_admit()
-    copies = manager.fork("a", "b")
-    assert copies is not None
-    assert copies.slots == [(manager.slot("a"), manager.slot("b"))]
+    assert manager.fork("a", "b")
+    assert manager.take_copies().slots == [(manager.slot("a"), manager.slot("b"))]
     assert {manager.slot("a"), manager.slot("b")} == {1, 2}
     before = manager.usage
-    assert manager.fork("a", "c") is None
+    assert not manager.fork("a", "c")
     assert manager.usage == before
     assert not manager.can_admit()
     with pytest.raises(AssertionError):
         manager.admit("c", tokens)
     manager.free("a")
-    assert manager.admit("c", tokens) == 0, "the state at the end of the prefix is not kept"
+    assert manager.admit("c", tokens) == 0
     manager.check()
 
 
@@ -332,7 +333,7 @@ def test_window_with_fork_and_hit():
     tokens = [1] * 300
     run(manager, "a", tokens)
     assert manager.table("a")[:3] == [0, 0, 0]
-    assert manager.fork("a", "b") is not None
+    assert manager.fork("a", "b")
     compute(manager, "b", [*tokens, *[2] * 100])
     assert manager.admit("c", tokens) == 256
     assert manager.table("c")[:2] == [0, 0]
@@ -347,7 +348,7 @@ def test_usage_counts_shared_pages_once():
     """Guards against waste or tokens counted per sequence instead of per page."""
     manager = CacheManager(11)
     run(manager, "a", [1] * 150)
-    assert manager.fork("a", "b") is not None
+    assert manager.fork("a", "b")
     usage = manager.usage
     assert (usage.pages_total, usage.pages_in_use, usage.pages_cached, usage.pages_free) == (10, 4, 0, 6)
     assert usage.tokens_held == 128 + 22 + 22
@@ -368,7 +369,7 @@ def test_prefix_counts_only_sequences_that_compute():
         manager.free("b")
     run(manager, "b", tokens)
     compute(manager, "b", [*tokens, 2])
-    assert manager.fork("b", "c") is not None
+    assert manager.fork("b", "c")
     compute(manager, "c", [*tokens, 3])
     assert (manager.usage.prefix_query_tokens, manager.usage.prefix_hit_tokens) == (200, 64)
 

@@ -104,7 +104,7 @@ def test_slots():
     slots = SlotPool(3)
     taken = [slots.take(), slots.take()]
     assert taken == [1, 2]
-    assert slots.free == 0
+    assert slots.available == 0
     slots.check(taken)
     with pytest.raises(AssertionError):
         slots.take()

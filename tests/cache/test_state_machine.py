@@ -1,10 +1,12 @@
 """The cache manager under random use, against a model that keeps what every page and slot really holds.
 
-The model plays the engine: it writes tokens into pages through the tables, applies the copies of a fork, and reads
-every sequence back after every step. It knows by brute force which pages can be hit.
+The model plays the engine: it writes tokens into pages through the tables, leaves the state of a sequence in its slot,
+copies what it is told to before it writes, and reads every sequence and every snapshot back after every step. It knows
+by brute force which pages can be hit, and by the copies where snapshots are.
 """
 
 from collections import Counter
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 from hypothesis import HealthCheck, settings
@@ -21,7 +23,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from foveal.cache import PAGE_SIZE, CacheManager
+from foveal.cache import PAGE_SIZE, CacheManager, Copies
 
 # hash((-1,) * 64) == hash((-2,) * 64) in CPython: pages of these two tokens collide in the index without any help.
 TOKENS = (-1, -2, 3)
@@ -58,6 +60,7 @@ class Memory:
 
     pages: dict[int, list[int | None]] = field(default_factory=dict)
     slots: dict[int, list[int]] = field(default_factory=dict)
+    """All tokens that a state knows."""
 
     def write(self, page: int, place: int, token: int) -> None:
         self.pages.setdefault(page, [None] * PAGE_SIZE)[place] = token
@@ -65,23 +68,30 @@ class Memory:
     def read(self, page: int, place: int) -> int | None:
         return self.pages.get(page, [None] * PAGE_SIZE)[place]
 
+    def copy(self, copies: Copies) -> None:
+        for source, destination in copies.pages:
+            self.pages[destination] = list(self.pages[source])
+        for source, destination in copies.slots:
+            self.slots[destination] = list(self.slots.get(source, []))
+
 
 class CacheMachine(RuleBasedStateMachine):
     keys = Bundle("keys")
 
     @initialize(
         pages=st.integers(2, 10),
-        slots=st.sampled_from([0, 0, 0, 4]),
+        slots=st.sampled_from([0, 0, 0, 2, 3, 4, 6, 8]),
         prefix_caching=st.sampled_from([True, True, True, False]),
         window=st.sampled_from([None, None, None, 1, 40, 64, 100, 129]),
     )
     def start(self, pages: int, slots: int, prefix_caching: bool, window: int | None) -> None:
         self.manager = CacheManager(pages, slots, prefix_caching=prefix_caching, window=window)
         self.pages, self.slots, self.window = pages, slots, window
-        self.caches = prefix_caching and not slots
+        self.caches = prefix_caching
         self.memory = Memory()
         self.sequences: dict[int, ModelSequence] = {}
         self.indexed: dict[Prefix, int] = {}
+        self.snapshots: dict[Prefix, int] = {}
         self.past: list[tuple[str | None, list[int]]] = []
         self.queried = self.hit = self.next_key = 0
 
@@ -90,8 +100,17 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.manager.can_admit())
     @rule(target=keys, prompt=prompts, salt=salts, reusable=reuse)
     def admit(self, prompt: tuple[list[int], int, int], salt: str | None, reusable: bool) -> int:
-        labels, tail, token = prompt
-        return self._admit([label for label in labels for _ in range(PAGE_SIZE)] + [token] * tail, salt, reusable)
+        return self._admit(_tokens(prompt), salt, reusable)
+
+    @precondition(lambda self: self.manager.can_admit())
+    @rule(prompt=prompts, salt=salts, count=counts, output=st.integers(0, PAGE_SIZE))
+    def serve(self, prompt: tuple[list[int], int, int], salt: str | None, count: int, output: int) -> None:
+        """A whole request, with the others standing still."""
+        key = self._admit(_tokens(prompt), salt, True)
+        self.catch_up(key, count)
+        for _ in range(output):
+            self.append(key, 1, 3, 0)
+        self.free(key)
 
     @precondition(lambda self: self.past and self.manager.can_admit())
     @rule(target=keys, data=st.data(), aligned=st.booleans(), reusable=reuse)
@@ -106,6 +125,7 @@ class CacheMachine(RuleBasedStateMachine):
         sequence = self.sequences[key]
         pending = sequence.tokens[sequence.computed :][:count]
         new = pending or [token] * min(count, MAX_TOKENS - sequence.computed)
+        new = new[: self.manager.step_end(key, sequence.computed + len(new)) - sequence.computed]
         length = sequence.computed + len(new)
         if not self._reserve(key, length):
             return
@@ -114,6 +134,14 @@ class CacheMachine(RuleBasedStateMachine):
         if not pending:
             sequence.tokens += new[:kept]
         self._commit(key, sequence.computed + kept)
+
+    @rule(key=keys, count=counts)
+    def catch_up(self, key: int, count: int) -> None:
+        """Steps until all that the sequence knows is computed, or pages are lacking."""
+        sequence, before = self.sequences[key], -1
+        while before < sequence.computed < len(sequence.tokens):
+            before = sequence.computed
+            self.append(key, count, 3, 0)
 
     @rule(key=keys, length=st.integers(0, MAX_TOKENS))
     def reserve_only(self, key: int, length: int) -> None:
@@ -125,22 +153,17 @@ class CacheMachine(RuleBasedStateMachine):
         partial = source.computed % PAGE_SIZE != 0
         before, usage = self._tables(), self.manager.usage
         room = (not partial or usage.pages_free + usage.pages_cached > 0) and self.manager.can_admit()
-        copies = self.manager.fork(parent, child)
-        assert (copies is not None) == room
-        if copies is None:
+        forked = self.manager.fork(parent, child)
+        assert forked == room
+        if not forked:
             assert (self._tables(), self.manager.usage) == (before, usage)
             return multiple()
         tokens = source.tokens[: source.computed]
         self.sequences[child] = ModelSequence(source.salt, tokens, source.computed, 0, 0, source.reusable)
-        assert len(copies.pages) == partial
-        assert len(copies.slots) == bool(self.slots)
-        for origin, copy in copies.pages:
-            assert self._owners()[copy] == 1, "a copy into a page that another sequence reads"
-            self._taken([copy], usage.pages_free)
-            self.memory.pages[copy] = list(self.memory.pages[origin])
-        for origin, copy in copies.slots:
-            if origin in self.memory.slots:
-                self.memory.slots[copy] = list(self.memory.slots[origin])
+        self._slot_taken(child)
+        own = [page for page in self.manager.table(child) if page not in self.manager.table(parent)]
+        assert len(own) == partial
+        self._taken(own, usage.pages_free)
         return child
 
     @rule(key=consumes(keys))
@@ -156,19 +179,23 @@ class CacheMachine(RuleBasedStateMachine):
         self.manager.check()
 
     @invariant()
-    def every_sequence_reads_back(self) -> None:
+    def everything_reads_back(self) -> None:
+        memory = deepcopy(self.memory)
+        memory.copy(self.manager._copies)  # as the next step will find it
+        for (_, tokens), slot in self.snapshots.items():
+            assert memory.slots[slot] == list(tokens), "a snapshot is the state of another prefix"
         for key, sequence in self.sequences.items():
             table = self.manager.table(key)
             first = 0 if self.window is None else max(0, sequence.computed - self.window + 1)
             for position in range(first, sequence.computed):
                 page = table[position // PAGE_SIZE]
                 assert page != 0, f"position {position} is still seen and has no page"
-                assert self.memory.read(page, position % PAGE_SIZE) == sequence.tokens[position]
+                assert memory.read(page, position % PAGE_SIZE) == sequence.tokens[position]
             assert all(page == 0 for page in table[: first // PAGE_SIZE]), "a page that no query sees is kept"
             if self.slots and sequence.computed:
                 slot = self.manager.slot(key)
                 assert slot is not None
-                assert self.memory.slots[slot] == sequence.tokens[: sequence.computed]
+                assert memory.slots[slot] == sequence.tokens[: sequence.computed]
 
     @invariant()
     def pages_are_conserved(self) -> None:
@@ -194,8 +221,11 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def slots_have_one_owner(self) -> None:
         slots = [self.manager.slot(key) for key in self.sequences]
+        usage = self.manager.usage
+        assert (usage.slots_total, usage.snapshots) == (max(0, self.slots - 1), len(self.snapshots))
         if self.slots:
-            assert len(set(slots)) == len(slots)
+            assert len({*slots, *self.snapshots.values()}) == len(slots) + len(self.snapshots)
+            assert usage.slots_in_use == len(slots)
             assert all(slot is not None and 0 < slot < self.slots for slot in slots)
             assert self.manager.can_admit() == (len(slots) < self.slots - 1)
         else:
@@ -206,13 +236,26 @@ class CacheMachine(RuleBasedStateMachine):
     def _admit(self, tokens: list[int], salt: str | None, reusable: bool) -> int:
         key = self._new_key()
         expected = self._cached_pages(tokens, salt) if reusable else []
+        while self.slots and expected and (salt, tuple(tokens[: len(expected) * PAGE_SIZE])) not in self.snapshots:
+            expected.pop()
         hit = self.manager.admit(key, tokens, salt, reusable=reusable)
         assert hit == len(expected) * PAGE_SIZE
         assert hit < len(tokens) or not tokens, "nothing is left to compute"
         for page, actual in zip(expected, self.manager.table(key), strict=True):
             assert actual in (0, page)
         self.sequences[key] = ModelSequence(salt, list(tokens), hit, len(tokens), hit, reusable)
+        self._slot_taken(key)
         return key
+
+    def _slot_taken(self, key: int) -> None:
+        """A sequence was given a slot: what snapshot it kept is gone, and only if it had to be."""
+        if not self.slots:
+            return
+        evicted = [prefix for prefix, slot in self.snapshots.items() if slot == self.manager.slot(key)]
+        full = len(self.sequences) - 1 + len(self.snapshots) == self.slots - 1
+        assert len(evicted) == full, "evicted though a slot was free"
+        for prefix in evicted:
+            del self.snapshots[prefix]
 
     def _cached_pages(self, tokens: list[int], salt: str | None) -> list[int]:
         pages: list[int] = []
@@ -247,6 +290,7 @@ class CacheMachine(RuleBasedStateMachine):
             del self.indexed[prefix]
 
     def _write(self, key: int, start: int, tokens: list[int]) -> None:
+        self.memory.copy(self.manager.take_copies())
         owners, cached = self._owners(), set(self.indexed.values())
         table = self.manager.table(key)
         for position, token in enumerate(tokens, start):
@@ -261,16 +305,20 @@ class CacheMachine(RuleBasedStateMachine):
             prefix = sequence.salt, tuple(sequence.tokens[: (number + 1) * PAGE_SIZE])
             if self.caches and sequence.reusable:
                 self.indexed.setdefault(prefix, table[number])
+        slot = self.manager.slot(key)
+        if slot is not None:
+            self.memory.slots[slot] = sequence.tokens[:computed]
+        before = len(self.manager._copies.slots)
         self.manager.commit(key, sequence.tokens, computed)
+        for source, snapshot in self.manager._copies.slots[before:]:
+            assert source == slot and self.caches and sequence.reusable and computed % PAGE_SIZE == 0
+            self.snapshots = {prefix: kept for prefix, kept in self.snapshots.items() if kept != snapshot}
+            self.snapshots[sequence.salt, tuple(sequence.tokens[:computed])] = snapshot
         sequence.computed = computed
         if self.caches and sequence.reusable:
             self.queried += sequence.queried
             self.hit += sequence.hit
         sequence.queried = sequence.hit = 0
-        if self.slots:
-            slot = self.manager.slot(key)
-            assert slot is not None
-            self.memory.slots[slot] = sequence.tokens[:computed]
 
     def _tables(self) -> dict[int, list[int]]:
         return {key: list(self.manager.table(key)) for key in self.sequences}
@@ -283,6 +331,11 @@ class CacheMachine(RuleBasedStateMachine):
         return self.next_key
 
 
+def _tokens(prompt: tuple[list[int], int, int]) -> list[int]:
+    labels, tail, token = prompt
+    return [label for label in labels for _ in range(PAGE_SIZE)] + [token] * tail
+
+
 CacheMachine.TestCase.settings = settings(
     max_examples=150,
     stateful_step_count=40,
@@ -292,5 +345,5 @@ CacheMachine.TestCase.settings = settings(
     suppress_health_check=[HealthCheck.too_slow],
 )
 TestCacheMachine = CacheMachine.TestCase
-"""Guards against lost or doubly owned pages, pages shared while written, wrong prefix hits, and prompts of which
-a hit leaves nothing to compute."""
+"""Guards against lost or doubly owned pages and slots, pages shared while written, wrong prefix hits, snapshots of
+another state than their prefix's, and prompts of which a hit leaves nothing to compute."""

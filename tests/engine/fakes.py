@@ -87,10 +87,9 @@ class FakeModel:
             seen = range(max(0, position + 1 - self.window), position + 1)
             context = [cache.pages[table[place // PAGE_SIZE]][place % PAGE_SIZE] for place in seen]
             state = (_extend(state[0], token), position + 1)
-            if batch.slots is not None:
-                assert state == context_state(context), "the state is not that of the context"
             rows.append(self.logits(context))
         if batch.slots is not None:
+            assert state == context_state(context), "the state is not that of the context"
             cache.slots[batch.slots.slots_out[sequence]] = state
         return rows
 

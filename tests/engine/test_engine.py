@@ -76,12 +76,20 @@ def test_a_tiny_pool_finishes_everything() -> None:
     budget=st.sampled_from([1, 7, 64, 300]),
     seats=st.integers(1, 4),
     caching=st.booleans(),
+    snapshots=st.sampled_from([None, 0, 1, 5]),
 )
 def test_any_load_ends_with_the_right_tokens(
-    lengths: list[tuple[int, int, int]], pages: int, budget: int, seats: int, caching: bool
+    lengths: list[tuple[int, int, int]], pages: int, budget: int, seats: int, caching: bool, snapshots: int | None
 ) -> None:
-    """Guards against any mix of chunks, preemption, forks and prefix hits that starves or corrupts a sequence."""
-    world = make_world(pages=pages, max_num_batched_tokens=budget, max_num_seqs=seats, prefix_caching=caching)
+    """Guards against any mix of chunks, preemption, forks and prefix hits, with recurrent states and without, that
+    starves or corrupts a sequence."""
+    world = make_world(
+        pages=pages,
+        slots=0 if snapshots is None else 1 + seats + snapshots,
+        max_num_batched_tokens=budget,
+        max_num_seqs=seats,
+        prefix_caching=caching,
+    )
     requests = [
         request(str(index), length, start=index % 2, max_tokens=tokens, n=n)
         for index, (length, tokens, n) in enumerate(lengths)
@@ -93,9 +101,10 @@ def test_any_load_ends_with_the_right_tokens(
 
 
 @pytest.mark.parametrize("length", [PAGE_SIZE, 3 * PAGE_SIZE, 3 * PAGE_SIZE + 1])
-def test_a_fully_cached_prompt_works(length: int) -> None:
+@pytest.mark.parametrize("slots", [0, 20])
+def test_a_fully_cached_prompt_works(length: int, slots: int) -> None:
     """Guards against a prefix hit that leaves no token to compute logits from."""
-    world = make_world()
+    world = make_world(slots=slots)
     first = world.run(request("a", length))["a"]
     second = world.run(request("b", length))["b"]
     assert first.num_cached_tokens == 0
@@ -111,15 +120,49 @@ def test_dynamic_rope_shares_prefixes_only_where_keys_are_equal() -> None:
 
 
 def test_salts_keep_prefixes_apart() -> None:
-    """Guards against one tenant's request finding what another's has computed, with and without `dynamic` rope."""
-    for plain_rope in (None, 1000):
-        world = make_world(plain_rope=plain_rope)
+    """Guards against one tenant's request finding what another's has computed, with and without `dynamic` rope, and
+    with a recurrent state."""
+    for plain_rope, slots in ((None, 0), (1000, 0), (None, 20)):
+        world = make_world(plain_rope=plain_rope, slots=slots)
         hits = []
         for salt in (None, "a", "a", "b", None):
             one = request("x", 200)
             one.cache_salt = salt
             hits.append(world.run(one)["x"].num_cached_tokens)
         assert hits == [0, 0, 192, 0, 192]
+
+
+def test_recurrent_prefixes_are_restored() -> None:
+    """Guards against chunks that run past where a state is wanted, and against states of another prefix: of a prompt
+    that parts from a known one, of one that parts there again, and of a conversation that goes on."""
+    world = make_world(slots=20, max_model_len=2000, max_num_batched_tokens=300)
+    shared, computed = request("", 700).prompt_ids, []
+    for name, prompt in (("a", [*shared, 1]), ("b", [*shared[:400], *[2] * 150]), ("c", [*shared[:400], *[3] * 90])):
+        before = sum(len(batch.ids_T) for batch in world.model.batches)
+        one = request(name, 1, max_tokens=70)
+        one.prompt_ids = prompt
+        output = world.run(one)[name]
+        assert output.outputs[0].token_ids == expected(one)
+        computed.append(sum(len(batch.ids_T) for batch in world.model.batches) - before - 69)
+        assert computed[-1] == len(prompt) - output.num_cached_tokens
+    assert computed == [701, 550 - 384, 490 - 384]
+    turn = request("d", 1, max_tokens=9)
+    turn.prompt_ids = [*prompt, *output.outputs[0].token_ids, 5]
+    again = world.run(turn)["d"]
+    assert again.outputs[0].token_ids == expected(turn) and again.num_cached_tokens == (490 + 69) // 64 * 64
+
+
+def test_preemption_restores_a_state() -> None:
+    """Guards against recomputing what a snapshot holds, and against going on from a state further on than it."""
+    requests = [request(str(n), 690 + n, start=n, max_tokens=20) for n in range(2)]
+    computed = {}
+    for caching in (True, False):
+        world = make_world(pages=22, slots=12, prefix_caching=caching)
+        final = world.run(*[Request(one.id, one.prompt_ids, one.params) for one in requests])
+        assert world.scheduler.preemptions > 0
+        assert [final[one.id].outputs[0].token_ids for one in requests] == [expected(one) for one in requests]
+        computed[caching] = sum(len(batch.ids_T) for batch in world.model.batches)
+    assert computed[False] - computed[True] == 690 // PAGE_SIZE * PAGE_SIZE
 
 
 @pytest.mark.parametrize("length", [10, 64, 100])

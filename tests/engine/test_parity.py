@@ -11,6 +11,8 @@ from oracle import FAMILIES, VOCAB, as_v4, make_oracle
 
 from foveal import LLM, SamplingParams, load_model
 from foveal.cache.store import CachePlan, CacheStore
+from foveal.config import read_config
+from foveal.costs.cache_bytes import cache_cost, cache_dtypes
 from foveal.nn.mla import MLA
 
 LENGTH = 90
@@ -117,6 +119,14 @@ def plan_of(model: LLM) -> CachePlan:
     return store.plan
 
 
+def allocated(model: LLM) -> int:
+    """Bytes of the cache's tensors."""
+    store = model.engine._runner._store
+    assert isinstance(store, CacheStore)
+    pages = sum(layout.pages.nbytes for layout in store._paged())
+    return pages + sum(part.nbytes for block in store._blocks() if block.state for part in block.state.states)
+
+
 def generate(model: LLM, several: list[list[int]]) -> list[list[int]]:
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
     outputs = model.generate([{"prompt_token_ids": prompt} for prompt in several], params)
@@ -132,12 +142,21 @@ def test_greedy_tokens(oracle: tuple[Path, Any]) -> None:
 
 
 def test_prefix_hits_happen(oracle: tuple[Path, Any]) -> None:
-    """The schedule named "prefix hits" having none."""
+    """The schedule named "prefix hits" having none; a recurrent layer needs a snapshot for one."""
     folder, _ = oracle
     model = llm(folder, max_num_seqs=1)
     generate(model, prompts())
-    # A recurrent state cannot be reused from the middle of a prompt without a snapshot of it.
-    assert (model.usage.prefix_hit_tokens > 0) != plan_of(model).has_slots
+    assert model.usage.prefix_hit_tokens > 0
+    assert (model.usage.snapshots > 0) == plan_of(model).has_slots
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_memory_is_that_of_the_plan(oracle: tuple[Path, Any], caching: bool) -> None:
+    """Tensors of another size than `foveal plan` says."""
+    folder, _ = oracle
+    cost = cache_cost(read_config(folder), cache_dtypes("float32"))
+    planned = cost.engine_bytes(3, 160) - (0 if caching else 3 * cost.snapshot_bytes)
+    assert allocated(llm(folder, max_num_seqs=3, enable_prefix_caching=caching)) == planned
 
 
 def test_preemption(oracle: tuple[Path, Any]) -> None:
@@ -148,10 +167,12 @@ def test_preemption(oracle: tuple[Path, Any]) -> None:
     # Each prompt takes two pages, and a third before it ends: four are enough for two prompts, but not for both ends.
     # Behind a window a prompt soon keeps only one. One page more is the null page.
     memory = plan.page_bytes * (4 if plan.window else 5) + plan.slot_bytes * 5
-    tight = llm(folder, max_num_seqs=4, enable_prefix_caching=False, kv_cache_memory=memory)
-    assert generate(tight, several) == [greedy(model, prompt) for prompt in several]
-    # What keeps nothing for each token never runs out of it.
-    assert (tight.engine.preemptions > 0) == plan.has_pages
+    expected = [greedy(model, prompt) for prompt in several]
+    for options in ({"enable_prefix_caching": False}, {}) if plan.has_slots else ({"enable_prefix_caching": False},):
+        tight = llm(folder, max_num_seqs=4, kv_cache_memory=memory, **options)
+        assert generate(tight, several) == expected
+        # What keeps nothing for each token never runs out of it.
+        assert (tight.engine.preemptions > 0) == plan.has_pages
 
 
 def test_fork(oracle: tuple[Path, Any]) -> None:

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 
 from foveal.cache.pool import BlockPool
 from foveal.cache.prefix import PrefixIndex, PrefixNode, page_tokens
-from foveal.cache.slots import SlotPool
+from foveal.cache.slots import SlotPool, snapshot_lengths
 from foveal.config.formats import PAGE_SIZE
 
 
 @dataclass(frozen=True)
 class Copies:
-    """What a fork asks the cache's owner to copy, as (source, destination), before it writes anything else."""
+    """What the cache's owner is to copy, as (source, destination), in this order, before it writes anything else."""
 
     pages: list[tuple[int, int]]
     slots: list[tuple[int, int]]
@@ -26,6 +26,11 @@ class CacheUsage:
     pages_in_use: int
     pages_cached: int
     pages_free: int
+    slots_total: int
+    """Slots for recurrent states; the null slot does not count. 0: no layer is recurrent."""
+    slots_in_use: int
+    snapshots: int
+    """Slots that keep the state after a prefix."""
     tokens_held: int
     """Computed tokens in pages in use; those of a shared page count once."""
     waste: float
@@ -48,6 +53,12 @@ class _Sequence:
     """Leading pages that the window has left behind."""
     unseen: tuple[int, int] = (0, 0)
     """Prefix query tokens and hit tokens that the first commit will count."""
+    known: int = 0
+    """Tokens that it came with."""
+    wanted: tuple[int, ...] = ()
+    """At which lengths of these a snapshot is worth a slot."""
+    latest: PrefixNode | None = None
+    """Whose snapshot is of no more use once there is a later one: beyond `known`, the sequence's own."""
 
     @property
     def full_pages(self) -> int:
@@ -63,8 +74,11 @@ class CacheManager:
 
     `pages` and `slots` are what the cache's tensors hold, null page and null slot (number 0) included; slots = 0: no
     recurrent layer. `window`: a query sees itself and the window - 1 tokens before it, in every attention layer; pages
-    that no query will see any more are released. Prefixes are never reused where there are slots: the recurrent state
-    at the end of the prefix is not kept.
+    that no query will see any more are released.
+
+    Where there are slots, a prefix is reused up to a snapshot of the state after it. Snapshots are kept in slots that
+    no sequence owns, at page boundaries that may be wanted again (`step_end`). Each sequence owns its slot: what goes
+    on from another's state, or from a snapshot, gets a copy before its first step (`take_copies`).
 
     A page that several sequences share, or that the prefix index knows, is full and is never written again: what a
     sequence writes next always lies in pages of its own.
@@ -83,14 +97,15 @@ class CacheManager:
         self._index = PrefixIndex()
         self._pool = BlockPool(pages, self._index)
         self._slots = SlotPool(slots) if slots else None
-        self._prefix_caching = prefix_caching and not slots
+        self._copies = Copies([], [])
+        self._prefix_caching = prefix_caching
         self._sequences: dict[Hashable, _Sequence] = {}
         self._queried = 0
         self._hit = 0
 
     def can_admit(self) -> bool:
         """Whether `admit` may be called: there is a slot for another sequence, or none is needed."""
-        return self._slots is None or self._slots.free > 0
+        return self._slots is None or self._slots.available > 0
 
     def admit(self, key: Hashable, tokens: Sequence[int], salt: Hashable = None, *, reusable: bool = True) -> int:
         """Begin a sequence; returns how many of its first tokens are already cached.
@@ -100,19 +115,29 @@ class CacheManager:
         its. Its pages stay its own until `free`.
         """
         assert key not in self._sequences, f"sequence {key!r} is already there"
-        slot = self._slots.take() if self._slots else None
         if not (self._prefix_caching and reusable):
-            self._sequences[key] = _Sequence(table=[], node=None, computed=0, slot=slot)
+            self._sequences[key] = _Sequence(table=[], node=None, computed=0, slot=self._take_slot(None))
             return 0
         root = self._index.root(salt)
-        hits = self._index.match(root, tokens, limit=max(0, len(tokens) - 1) // PAGE_SIZE)
+        known = self._index.match(root, tokens, limit=max(0, len(tokens) - 1) // PAGE_SIZE)
+        hits = known if self._slots is None else _restorable(known)
+        node = hits[-1] if hits else root
         cached = len(hits) * PAGE_SIZE
         table = [node.page for node in hits]
         self._pool.share(table)
-        sequence = _Sequence(table, hits[-1] if hits else root, cached, slot, unseen=(len(tokens), cached))
+        sequence = _Sequence(table, node, cached, self._take_slot(node), unseen=(len(tokens), cached))
+        if self._slots:
+            sequence.known = len(tokens)
+            sequence.wanted = snapshot_lengths(len(tokens), len(known) * PAGE_SIZE, cached)
         self._sequences[key] = sequence
         self._slide(sequence)
         return cached
+
+    def step_end(self, key: Hashable, end: int) -> int:
+        """Where a step should end that could compute the sequence's tokens up to `end`: no later than that, and where a
+        snapshot is wanted."""
+        sequence = self._sequences[key]
+        return next((length for length in sequence.wanted if sequence.computed < length < end), end)
 
     def reserve(self, key: Hashable, length: int) -> bool:
         """Pages for the sequence's first `length` tokens. False where the pool lacks them: then nothing has changed."""
@@ -137,27 +162,36 @@ class CacheManager:
                 labels = page_tokens(tokens, number)
                 sequence.node = self._index.insert(sequence.node, labels, sequence.table[number])
         sequence.computed = computed
+        self._keep_state(sequence)
         self._slide(sequence)
         self._count(sequence)
 
-    def fork(self, parent: Hashable, child: Hashable) -> Copies | None:
-        """Begin `child` with the computed tokens of `parent`. None where there is no room: then nothing has changed.
+    def fork(self, parent: Hashable, child: Hashable) -> bool:
+        """Begin `child` with the computed tokens of `parent`. False where there is no room: then nothing has changed.
 
-        Full pages are shared. A partly filled page and the state slot are the child's own, to be copied as the answer
-        says before anything else is written; what the parent reserved beyond its computed tokens stays the parent's.
+        Full pages are shared. A partly filled page and the state slot are the child's own, and copied (`take_copies`);
+        what the parent reserved beyond its computed tokens stays the parent's.
         """
         assert child not in self._sequences, f"sequence {child!r} is already there"
         source = self._sequences[parent]
         partial = source.table[source.full_pages : -(-source.computed // PAGE_SIZE)]
         if len(partial) > self._pool.available or not self.can_admit():
-            return None
+            return False
         shared = source.table[: source.full_pages]
         self._pool.share(shared[source.released :])
         own = self._pool.take(len(partial), after=shared[-1] if shared else 0)
+        self._copies.pages.extend(zip(partial, own, strict=True))
         slot = self._slots.take() if self._slots else None
-        self._sequences[child] = replace(source, table=shared + own, slot=slot, unseen=(0, 0))
-        slots = [] if source.slot is None or slot is None else [(source.slot, slot)]
-        return Copies(pages=list(zip(partial, own, strict=True)), slots=slots)
+        if source.slot is not None and slot is not None:
+            self._copies.slots.append((source.slot, slot))
+        self._sequences[child] = replace(source, table=shared + own, slot=slot, unseen=(0, 0), latest=None)
+        return True
+
+    def take_copies(self) -> Copies:
+        """What is to be copied since the last call, before anything else is written: what forks do not share, states
+        from which sequences go on, and snapshots of those that steps have left in the sequences' slots."""
+        copies, self._copies = self._copies, Copies([], [])
+        return copies
 
     def free(self, key: Hashable) -> None:
         """End a sequence. Its full pages stay cached, the last one to be evicted first."""
@@ -193,6 +227,9 @@ class CacheManager:
             pages_in_use=self._pool.in_use,
             pages_cached=self._pool.cached,
             pages_free=self._pool.free,
+            slots_total=self._slots.total if self._slots else 0,
+            slots_in_use=self._slots.total - self._slots.available if self._slots else 0,
+            snapshots=self._slots.kept if self._slots else 0,
             tokens_held=places - empty,
             waste=empty / places if places else 0.0,
             prefix_query_tokens=self._queried,
@@ -205,11 +242,12 @@ class CacheManager:
         self._pool.check_counts()
         if not self._sequences:
             assert not self._pool.in_use, f"{self._pool.in_use} pages are in use by nobody"
-            assert not self._slots or self._slots.free == self._slots.total, "a slot is in use by nobody"
+            assert not self._slots or self._slots.available == self._slots.total, "a slot is in use by nobody"
 
     def check(self) -> None:
         """AssertionError unless every page is in use, cached or free, the owners counted are those in the tables, the
-        index knows each page by the prefix that its sequence has there, and every slot is free or has one owner."""
+        index knows each page by the prefix that its sequence has there, and every slot is free, has one owner, or keeps
+        one snapshot."""
         self.check_counts()
         sequences = self._sequences.values()
         self._index.check()
@@ -218,6 +256,31 @@ class CacheManager:
             self._slots.check([sequence.slot for sequence in sequences if sequence.slot is not None])
         for sequence in sequences:
             self._check_sequence(sequence)
+
+    def _take_slot(self, node: PrefixNode | None) -> int | None:
+        """A slot for a sequence that goes on from the node's snapshot, if it has one."""
+        if self._slots is None:
+            return None
+        snapshot = self._slots.use(node) if node is not None and node.state else 0
+        slot = self._slots.take()
+        if snapshot not in (0, slot):  # equal where there was no other: then the sequence takes the state over
+            self._copies.slots.append((snapshot, slot))
+        return slot
+
+    def _keep_state(self, sequence: _Sequence) -> None:
+        """Keep a snapshot of the state, if it is wanted: where `admit` said, and beyond, at the last page boundary of
+        all."""
+        node, slot, computed = sequence.node, sequence.slot, sequence.computed
+        if self._slots is None or node is None or slot is None or not computed or computed % PAGE_SIZE:
+            return
+        grown = computed >= sequence.known
+        if node.state:
+            self._slots.use(node)
+        elif grown or computed in sequence.wanted:
+            snapshot = self._slots.keep(node, sequence.latest if grown else None)
+            if snapshot is not None:
+                self._copies.slots.append((slot, snapshot))
+                sequence.latest = node if grown else None
 
     def _slide(self, sequence: _Sequence) -> None:
         """Release pages that lie wholly before the window: the next query, at position `computed`, and all after it see
@@ -249,3 +312,8 @@ class CacheManager:
             assert node is not None and node.parent is not None, "fewer prefix nodes than full pages"
             node = node.parent
         assert node.parent is None, "more prefix nodes than full pages"
+
+
+def _restorable(nodes: list[PrefixNode]) -> list[PrefixNode]:
+    """The prefixes up to the longest of them after which there is a snapshot."""
+    return nodes[: max((number for number, node in enumerate(nodes, 1) if node.state), default=0)]

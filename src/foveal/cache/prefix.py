@@ -21,13 +21,15 @@ class PrefixNode:
     """The page's PAGE_SIZE tokens; the salt in a root, which stands for the empty prefix."""
     page: int = 0
     """The page that holds it; 0, the null page: none does (any more)."""
+    state: int = 0
+    """The slot that keeps the recurrent state after it; 0, the null slot: none does (any more)."""
 
 
 class PrefixIndex:
     """A tree of prefixes, one root a salt.
 
-    A node lives as long as something can still need it: its page, a child, or a sequence that will grow from it.
-    Weak references see to that. So a page whose parent was evicted is found again once the parent is back.
+    A node lives as long as something can still need it: its page, a snapshot, a child, or a sequence that will grow
+    from it. Weak references see to that. So a page whose parent was evicted is found again once the parent is back.
     """
 
     def __init__(self) -> None:

@@ -107,6 +107,7 @@ def _memory(plans: Sequence[Plan]) -> Section:
         *((f"· {name}", _cache_of(part)) for part, name in _CACHE_NAMES.items()),
         ("numbers a token and attention layer", lambda plan: whole(plan.memory.attention_elements or None)),
         ("recurrent state a sequence", lambda plan: _or_none(plan.memory.cache.state_bytes, byte_size)),
+        ("· snapshots of it for prefixes", lambda plan: _or_none(plan.memory.cache.snapshot_bytes, byte_size)),
         (f"cache of {context} tokens", lambda plan: byte_size(plan.memory.cache.sequence_bytes(plan.request.context))),
         ("· of which still read", lambda plan: byte_size(plan.memory.cache.needed_bytes(plan.request.context))),
         ("expected waste in last pages", _waste),

@@ -3,6 +3,9 @@
 PAGE_SIZE = 64
 """Tokens of a cache page."""
 
+SNAPSHOTS_EACH = 4
+"""Snapshots of recurrent states, for prefixes, that the engine makes room for beside each sequence's own state."""
+
 LATENT_BLOCK = 128
 """Latent numbers that share a scale in the fp8 record."""
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from foveal.config.formats import ITEM_BYTES, PAGE_SIZE, index_key_bytes, latent_bytes
+from foveal.config.formats import ITEM_BYTES, PAGE_SIZE, SNAPSHOTS_EACH, index_key_bytes, latent_bytes
 from foveal.config.model import BlockConfig, GQAConfig, MLAConfig, ModelConfig, RecurrentConfig
 
 CachePart = Literal["keys_values", "latents", "index_keys"]
@@ -83,6 +83,17 @@ class CacheCost:
         """Bytes that a query after so many tokens can still read: no page half empty, every window for itself."""
         seen = (row.bytes_per_token * min(tokens, row.window or tokens) for row in self.rows)
         return sum(seen) + self.state_bytes
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Snapshots of recurrent states, for prefixes, that the engine makes room for beside each sequence's own."""
+        return SNAPSHOTS_EACH * self.state_bytes
+
+    def engine_bytes(self, sequences: int, tokens: int) -> int:
+        """What the engine allocates for so many sequences of so many tokens, where there is memory for all of it: pages
+        for all tokens (windows or not), states and snapshots, and the null page and the null slot."""
+        pages = 1 + sequences * -(-tokens // self.page_tokens)
+        return pages * self.page_bytes + sequences * (self.state_bytes + self.snapshot_bytes) + self.state_bytes
 
     @property
     def expected_waste_tokens(self) -> float:

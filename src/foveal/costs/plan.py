@@ -304,6 +304,7 @@ def _cache(memory: Memory, context: int) -> dict[str, Any]:
         "bytes_per_token": cache.bytes_per_token,
         "bytes_per_token_by_part": cache.part_bytes_per_token(),
         "state_bytes_per_sequence": cache.state_bytes,
+        "snapshot_bytes_per_sequence": cache.snapshot_bytes,
         "window_tokens": cache.window,
         "page_tokens": cache.page_tokens,
         "page_bytes": cache.page_bytes,

@@ -205,13 +205,11 @@ class Engine:
         request.forked = True
         running, waiting = [], []
         for sequence in request.sequences[1:]:
-            copies = self._manager.fork(first.key, sequence.key) if self._scheduler.has_seat else None
-            if copies is None:
+            if not (self._scheduler.has_seat and self._manager.fork(first.key, sequence.key)):
                 waiting.append(sequence)
                 continue
             self._scheduler.add_running(sequence)
             sequence.computed = first.computed
-            self._runner.copy(copies)
             running.append(sequence)
         for sequence in reversed(waiting):
             self._scheduler.add_first(sequence)

@@ -10,10 +10,11 @@ import torch
 from foveal.cache import PAGE_SIZE, CacheManager, CacheUsage
 from foveal.cache.store import CacheStore, plan_cache
 from foveal.config import ModelConfig
+from foveal.config.formats import SNAPSHOTS_EACH
 from foveal.config.model import GQAConfig, MLAConfig
 from foveal.engine.engine import Engine
 from foveal.engine.look import LayerSight, layer_sights, sparse_layers
-from foveal.engine.memory import CacheDemand, cache_pages
+from foveal.engine.memory import CacheDemand, cache_size
 from foveal.engine.outputs import RequestOutput
 from foveal.engine.params import SamplingParams
 from foveal.engine.request import Request
@@ -50,7 +51,8 @@ class LLM:
     `max_model_len`: most tokens of a prompt and its completion (None: the model's). `max_num_seqs` sequences
     run at a time, and a step computes at most `max_num_batched_tokens` tokens. `kv_cache_memory`: bytes of the cache
     (None: a share of the memory that is free, and no more than `max_num_seqs` sequences of `max_model_len` tokens
-    need). `enable_prefix_caching`: keep what was computed for prompts that begin alike. `seed`: for requests without
+    need). `enable_prefix_caching`: keep what was computed for prompts that begin alike; of recurrent layers that is the
+    state at a few page boundaries. `seed`: for requests without
     one; the same requests in the same order give the same tokens. `enforce_eager`: leave the weights as they are
     instead of packing them for speed (`Decoder.pack`). `tokenizer`: one that is loaded already (None: the model's own).
     `skip_tokenizer_init`: no tokenizer at all: token ids in, token ids out.
@@ -102,10 +104,10 @@ class LLM:
         config = decoder.config
         length = _model_length(max_model_len, config.max_positions)
         plan = plan_cache(config, decoder.options.dtype, dtype_name(kv_cache_dtype), index_name)
-        demand = CacheDemand(max_num_seqs, length, whole=max_model_len is not None)
-        pages = cache_pages(plan, demand, kv_cache_memory, device)
-        slots = max_num_seqs + 1 if plan.has_slots else 0
-        manager = CacheManager(pages, slots, prefix_caching=enable_prefix_caching, window=plan.window)
+        snapshots = SNAPSHOTS_EACH * max_num_seqs if enable_prefix_caching else 0
+        demand = CacheDemand(max_num_seqs, length, whole=max_model_len is not None, snapshots=snapshots)
+        size = cache_size(plan, demand, kv_cache_memory, device)
+        manager = CacheManager(size.pages, size.slots, prefix_caching=enable_prefix_caching, window=plan.window)
         scheduler = Scheduler(
             manager,
             max_num_seqs=max_num_seqs,
@@ -113,7 +115,7 @@ class LLM:
             max_prompt_rows=max(1, _PROMPT_LOGIT_BYTES // (config.vocab_size * torch.float32.itemsize)),
             window=plan.window,
         )
-        store = CacheStore(plan, pages, slots, device)
+        store = CacheStore(plan, size.pages, size.slots, device)
         runner = Runner(decoder, store, manager, device=device, sparse=sparse_layers(config))
         self.engine = Engine(
             runner,

@@ -1,4 +1,4 @@
-"""How many pages the cache gets."""
+"""How many pages and state slots the cache gets."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -29,12 +29,22 @@ class Sizes(Protocol):
 class CacheDemand:
     """What the cache must hold: so many sequences of at most so many tokens.
 
-    `whole`: one sequence of that length must fit, or the cache is refused.
+    `whole`: one sequence of that length must fit, or the cache is refused. `snapshots`: of recurrent states, for
+    prefixes; as many as there is room for.
     """
 
     sequences: int
     tokens: int
     whole: bool
+    snapshots: int = 0
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """Pages and state slots, the null page and the null slot included."""
+
+    pages: int
+    slots: int
 
 
 def available_memory(device: torch.device | str) -> int:
@@ -45,25 +55,33 @@ def available_memory(device: torch.device | str) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def cache_pages(sizes: Sizes, demand: CacheDemand, budget: int | None, device: torch.device | str) -> int:
-    """The number of pages, null page included, for a cache of `budget` bytes.
+def cache_size(sizes: Sizes, demand: CacheDemand, budget: int | None, device: torch.device | str) -> CacheSize:
+    """How a cache of `budget` bytes is divided: a slot for each sequence, and the rest into pages and snapshots as the
+    demand has them.
 
     None: a share of the free memory, and no more than the demand. ValueError with both figures where it does not fit in
     the memory that is free, or where the budget is too small for one page.
     """
     available = available_memory(device)
-    slots = (demand.sequences + 1) * sizes.slot_bytes
     pages_each = -(-demand.tokens // PAGE_SIZE)
-    least = slots + (1 + (pages_each if demand.whole else 1)) * sizes.page_bytes
-    most = slots + (1 + demand.sequences * pages_each) * sizes.page_bytes
+    most_pages = demand.sequences * pages_each
+    fixed = sizes.page_bytes + (1 + demand.sequences) * sizes.slot_bytes
+    least = fixed + (pages_each if demand.whole else 1) * sizes.page_bytes
+    wanted = most_pages * sizes.page_bytes + demand.snapshots * sizes.slot_bytes
     if budget is None:
-        budget = min(most, max(least, int(available * _SHARE[torch.device(device).type])))
-    elif budget < slots + 2 * sizes.page_bytes:
-        needed = slots + 2 * sizes.page_bytes
+        budget = min(fixed + wanted, max(least, int(available * _SHARE[torch.device(device).type])))
+    elif budget < fixed + sizes.page_bytes:
+        needed = fixed + sizes.page_bytes
         raise ValueError(f"kv_cache_memory = {budget} bytes is too little: one page and all states need {needed}")
     if budget > available:
         raise ValueError(
             f"the cache needs {budget / _GIB:.2f} GiB, but only {available / _GIB:.2f} GiB of memory are available"
         )
+    snapshots = 0
+    if demand.snapshots and sizes.slot_bytes:
+        share = (budget - fixed) * demand.snapshots // wanted
+        snapshots = max(0, min(share, (budget - least) // sizes.slot_bytes))
     # A model without attention layers needs no memory for pages, only their numbers.
-    return (budget - slots) // sizes.page_bytes if sizes.page_bytes else 1 + demand.sequences * pages_each
+    rest = budget - fixed - snapshots * sizes.slot_bytes
+    pages = rest // sizes.page_bytes if sizes.page_bytes else most_pages
+    return CacheSize(1 + pages, 1 + demand.sequences + snapshots if sizes.slot_bytes else 0)

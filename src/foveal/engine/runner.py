@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from foveal.cache import CacheManager, Copies
+from foveal.cache import CacheManager
 from foveal.engine.look import Recorder, TokenSelection
 from foveal.engine.scheduler import Chunk
 from foveal.nn.batch import Batch, StateSlots
@@ -77,6 +77,7 @@ class Runner:
     @torch.inference_mode()
     def run(self, plan: Sequence[Chunk]) -> StepLogits:
         """Compute the plan's tokens; the logits that are needed to go on."""
+        self._copy()
         counts = [wanted_rows(chunk) for chunk in plan]
         rows = [range(start, stop) for start, stop in pairwise(accumulate(counts, initial=0))]
         looked_at = {end - 1: place for place, end in enumerate(_ends(plan)) if _wants_look(plan[place])}
@@ -88,9 +89,8 @@ class Runner:
         found = recorder.selections(output.collected)
         return StepLogits(output.logits_LV, rows, {rows[looked_at[row]][-1]: one for row, one in found.items()})
 
-    @torch.inference_mode()
-    def copy(self, copies: Copies) -> None:
-        """Copy what a fork does not share."""
+    def _copy(self) -> None:
+        copies = self._manager.take_copies()
         if copies.pages:
             self._store.copy_pages(copies.pages)
         if copies.slots:

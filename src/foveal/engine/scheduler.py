@@ -36,9 +36,9 @@ class Scheduler:
     """Running sequences come first, in the order of their admission; then waiting ones, first come, first served.
 
     When the cache is full, the sequence admitted last gives up its pages and goes back to the front of the queue, to
-    be computed again (preemption by recomputation). The oldest running sequence is never preempted while others run,
-    and no sequence may need more than the whole cache: so every step brings the oldest one forward, and none waits
-    for ever.
+    be computed again (preemption by recomputation), from what the prefix cache still has of it. The oldest running
+    sequence is never preempted while others run, and no sequence may need more than the whole cache: so every step
+    brings the oldest one forward, and none waits for ever.
 
     `max_prompt_rows`: most tokens of a step that belong to prompts whose log probabilities are asked for, for each of
     them has a row of logits. `window` is the cache manager's. Raises ValueError for a limit below 1.
@@ -119,9 +119,14 @@ class Scheduler:
         for place, sequence in enumerate(list(self.running)):
             if place >= len(self.running):
                 return  # the last go first: when this one has been preempted, so have all after it
-            count = plan.room(sequence)
+            count = self._count(plan, sequence)
             if count > 0 and self._make_room(sequence, sequence.computed + count):
                 plan.add(sequence, count)
+
+    def _count(self, plan: "_Plan", sequence: SequenceState) -> int:
+        """How many tokens the step computes of the sequence: what it has room for, up to where the state is wanted."""
+        end = self._manager.step_end(sequence.key, sequence.computed + plan.room(sequence))
+        return end - sequence.computed
 
     def _make_room(self, sequence: SequenceState, length: int) -> bool:
         """Reserve pages, taking them from the sequences admitted last; False: this one was itself the last."""
@@ -146,7 +151,7 @@ class Scheduler:
             if not self._head_fits:
                 break
             self.running.append(self.waiting.popleft())
-            count = plan.room(sequence)
+            count = self._count(plan, sequence)
             reserved = self._manager.reserve(sequence.key, sequence.computed + count)
             assert reserved, "admitted without room"
             plan.add(sequence, count)

@@ -78,6 +78,7 @@ class _EngineCollector(Collector):
         yield _gauge("cache_pages", "All pages of the cache.", usage.pages_total)
         yield _gauge("cache_pages_in_use", "Pages that sequences hold.", usage.pages_in_use)
         yield _gauge("cache_pages_cached", "Pages kept for prompts that begin alike.", usage.pages_cached)
+        yield _gauge("cache_snapshots", "Recurrent states kept for prompts that begin alike.", usage.snapshots)
         yield _gauge("cache_usage_ratio", "Share of the pages in use.", usage.pages_in_use / max(1, usage.pages_total))
         yield _counted("prefix_query_tokens", "Tokens looked up in the prefix cache.", usage.prefix_query_tokens)
         yield _counted("prefix_hit_tokens", "Tokens found there.", usage.prefix_hit_tokens)
