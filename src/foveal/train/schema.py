@@ -69,6 +69,12 @@ class StageSettings:
     beta2: float = key("adamw's memory of squared gradients", 0.95, at_least=0, below=1)
     clip: float = key("largest norm of the gradient; 0: no limit", 1.0, at_least=0)
     index_weight: float = key("factor of the indexers' loss", 1.0, at_least=0)
+    index_share: float = key(
+        "share of the tokens whose selections are compared with attention, drawn anew for each row",
+        1.0,
+        above=0,
+        at_most=1,
+    )
     balance_rate: float = key("step of the routers' biases towards even use", 1e-3, at_least=0)
     balance_weight: float = key("factor of the sequence-wise balance loss", 1e-4, at_least=0)
     z_weight: float = key("factor of the routers' z-loss", 0.0, at_least=0)
