@@ -179,6 +179,7 @@ def test_merged_into_deepseek_v32(recipe: Make, tmp_path: Path) -> None:
         (stage("pretrain", 1, learns="indexer"), None, "pretrain stage has no loss for indexers"),
         (stage("distil", 1, teacher="{llama}"), None, "teacher.*128 tokens.* 320"),
         (stage("pretrain", 1), 'start = "{llama}"', "tokenizer has 300 tokens.*128"),
+        (stage("pretrain", 1), 'start = "{llama}"\n[data.tokenizer]\nvocab_size = 300', "llama has its own"),
     ],
 )
 def test_mistakes(recipe: Make, tmp_path: Path, stages: str, model: str | None, message: str) -> None:
@@ -186,6 +187,7 @@ def test_mistakes(recipe: Make, tmp_path: Path, stages: str, model: str | None, 
     llama = tmp_path / "llama"
     vocab = 320 if "no indexers" in message or "needs a teacher" in message else 128
     make_oracle("llama", llama, vocab_size=vocab)
+    Trainer(recipe(stage("pretrain", 1))).tokenizer.save_pretrained(llama)
     arguments = [model.format(llama=llama)] if model else []
     with pytest.raises(ValueError, match=message):
         Trainer(recipe(stages.replace("{llama}", str(llama)), *arguments)).train()

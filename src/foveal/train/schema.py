@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from foveal.train.data.settings import DataSettings
+from foveal.train.data.settings import DataSettings, TokenizerSettings
 from foveal.train.optim import Schedule
 from foveal.train.recipe import key
 from foveal.train.stages import KINDS, Kind
@@ -132,3 +132,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("no [[stages]]")
+        tokenizer, start = self.data.tokenizer, self.model.start
+        if start is not None and tokenizer.model is None and tokenizer != TokenizerSettings():
+            raise ValueError(
+                f"data.tokenizer says how to train one, but {start} has its own; another's is taken with tokenizer.model"
+            )
