@@ -12,7 +12,7 @@ from tiny import stage
 
 from foveal import LLM, SamplingParams
 from foveal.models.load import load_model
-from foveal.train.checkpoints import Checkpoints
+from foveal.train.checkpoints import Checkpoints, progress_of
 from foveal.train.schema import Recipe
 from foveal.train.trainer import Trainer
 
@@ -253,6 +253,16 @@ def test_a_changed_recipe(recipe: Make) -> None:
     assert not torch.equal(learned, fresh.decoder.embed_tokens.weight)
     with pytest.raises(ValueError, match="further than this recipe"):
         Trainer(recipe(stage("pretrain", 2))).train()
+
+
+def test_sources_of_a_stage(recipe: Make) -> None:
+    """A stage that reads what it was not told to."""
+    more = '[[data.text]]\nname = "more"\nfiles = ["text.txt"]\n'
+    made = recipe(more + stage("pretrain", 2, sources=["more"]), checkpoint_minutes=1e-9)
+    Trainer(made).train()
+    assert list(progress_of(made.run.output / "checkpoints" / "step-00000001")["feed"]["rows"]) == ["more"]
+    with pytest.raises(ValueError, match=r"stages\.sources: other is none of text0, more"):
+        recipe(more + stage("pretrain", 2, sources=["other"]))
 
 
 def test_indexers_of_its_own(recipe: Make) -> None:

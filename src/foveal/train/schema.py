@@ -57,6 +57,7 @@ class StageSettings:
     context: int = key("tokens of a row: the longest dependency that can be learned", at_least=2)
     tokens_per_step: int = key("tokens of one update; a multiple of context", at_least=2)
     micro_tokens: int | None = key("tokens computed at a time; a multiple of context (none: context)", None, at_least=2)
+    sources: tuple[str, ...] = key("names of the sources of data that it reads (none: all)", ())
     learns: Literal["all", "indexer"] | None = key("which parameters learn (none: what the kind says)", None)
     optimizer: Literal["adamw", "muon"] = key("muon: for matrices, with adamw for the rest", "adamw")
     learning_rate: float = key("the highest", 1e-3, above=0)
@@ -132,6 +133,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("no [[stages]]")
+        known = self.data.names
+        if unknown := {name for stage in self.stages for name in stage.sources} - set(known):
+            raise ValueError(f"stages.sources: {', '.join(sorted(unknown))} is none of {', '.join(known)}")
         tokenizer, start = self.data.tokenizer, self.model.start
         if start is not None and tokenizer.model is None and tokenizer != TokenizerSettings():
             raise ValueError(

@@ -123,6 +123,7 @@ class Trainer:
             seed=self.run.seed + progress.stage,
             rank=parallel.data_rank,
             ranks=parallel.data_ranks,
+            sources=stage.sources or None,
         )
         if progress.feed is not None:
             feed.load_state_dict(progress.feed)
