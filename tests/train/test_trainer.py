@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from oracle import make_oracle
+from safetensors import safe_open
 from tiny import stage
 
 from foveal import LLM, SamplingParams
 from foveal.models.load import load_model
-from foveal.train.checkpoints import Checkpoints
+from foveal.train.checkpoints import Checkpoints, progress_of
 from foveal.train.schema import Recipe
 from foveal.train.trainer import Trainer
 
@@ -143,6 +144,15 @@ def test_an_adapter(recipe: Make, base: Path, tmp_path: Path) -> None:
         load_model(other, adapter=adapter)
 
 
+def test_stored_in_bfloat16(recipe: Make) -> None:
+    """A result twice as large as asked for, or one that is then computed in bfloat16; norms that were rounded."""
+    (written,) = Trainer(recipe(stage("pretrain", 1), stored_dtype="bfloat16")).train()
+    with safe_open(written / "model.safetensors", "pt") as file:
+        dtypes = {name: (file.get_tensor(name).dim(), file.get_tensor(name).dtype) for name in file.keys()}  # noqa: SIM118
+    assert all(dtype == (torch.bfloat16 if dim > 1 else torch.float32) for dim, dtype in dtypes.values())
+    assert load_model(written).options.dtype == torch.float32
+
+
 def test_merged_into_deepseek_v32(recipe: Make, tmp_path: Path) -> None:
     """A merged directory that transformers cannot read, or reads and computes something else."""
     from transformers import AutoModelForCausalLM
@@ -179,6 +189,7 @@ def test_merged_into_deepseek_v32(recipe: Make, tmp_path: Path) -> None:
         (stage("pretrain", 1, learns="indexer"), None, "pretrain stage has no loss for indexers"),
         (stage("distil", 1, teacher="{llama}"), None, "teacher.*128 tokens.* 320"),
         (stage("pretrain", 1), 'start = "{llama}"', "tokenizer has 300 tokens.*128"),
+        (stage("pretrain", 1), 'start = "{llama}"\n[data.tokenizer]\nvocab_size = 300', "llama has its own"),
     ],
 )
 def test_mistakes(recipe: Make, tmp_path: Path, stages: str, model: str | None, message: str) -> None:
@@ -186,6 +197,7 @@ def test_mistakes(recipe: Make, tmp_path: Path, stages: str, model: str | None, 
     llama = tmp_path / "llama"
     vocab = 320 if "no indexers" in message or "needs a teacher" in message else 128
     make_oracle("llama", llama, vocab_size=vocab)
+    Trainer(recipe(stage("pretrain", 1))).tokenizer.save_pretrained(llama)
     arguments = [model.format(llama=llama)] if model else []
     with pytest.raises(ValueError, match=message):
         Trainer(recipe(stages.replace("{llama}", str(llama)), *arguments)).train()
@@ -251,6 +263,16 @@ def test_a_changed_recipe(recipe: Make) -> None:
     assert not torch.equal(learned, fresh.decoder.embed_tokens.weight)
     with pytest.raises(ValueError, match="further than this recipe"):
         Trainer(recipe(stage("pretrain", 2))).train()
+
+
+def test_sources_of_a_stage(recipe: Make) -> None:
+    """A stage that reads what it was not told to."""
+    more = '[[data.text]]\nname = "more"\nfiles = ["text.txt"]\n'
+    made = recipe(more + stage("pretrain", 2, sources=["more"]), checkpoint_minutes=1e-9)
+    Trainer(made).train()
+    assert list(progress_of(made.run.output / "checkpoints" / "step-00000001")["feed"]["rows"]) == ["more"]
+    with pytest.raises(ValueError, match=r"stages\.sources: other is none of text0, more"):
+        recipe(more + stage("pretrain", 2, sources=["other"]))
 
 
 def test_indexers_of_its_own(recipe: Make) -> None:
