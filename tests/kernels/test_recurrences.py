@@ -1,5 +1,6 @@
 """Recurrences: chunks of any size and single steps against the naive loops, with their gradients, in float64."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from packing import make_queries
 from torch import Tensor
 
-from foveal.kernels import causal_conv, delta, delta_rule, linear_attention, selective_scan, ssd
+from foveal.kernels import causal_conv, delta, delta_rule, linear_attention, s4d, selective_scan, ssd
 from foveal.kernels.rounds import in_rounds
 
 LENGTHS = [[1], [1, 1, 1], [5, 1, 9, 9], [70, 7, 64]]
@@ -26,6 +27,11 @@ def unit(x: Tensor) -> Tensor:
 def scan_inputs(tokens: int, sequences: int) -> list[Tensor]:
     u, dt, b, c = rand(tokens, 6), rand(tokens, 6).abs(), rand(tokens, 3), rand(tokens, 3)
     return [u, dt, -rand(6, 3).abs(), b, c, rand(sequences, 6, 3)]
+
+
+def s4d_inputs(tokens: int, sequences: int) -> list[Tensor]:
+    a = torch.stack((-rand(6, 3).abs(), 3 * rand(6, 3)), -1)
+    return [rand(tokens, 6), rand(6).abs(), a, rand(6, 3, 2), rand(sequences, 6, 3, 2)]
 
 
 def conv_inputs(tokens: int, sequences: int) -> list[Tensor]:
@@ -56,6 +62,7 @@ def delta_inputs(tokens: int, sequences: int, decays: int = KEY) -> list[Tensor]
 
 CASES: dict[str, tuple[Any, Callable[[int, int], list[Tensor]]]] = {
     "selective scan": (selective_scan, scan_inputs),
+    "s4d": (s4d, s4d_inputs),
     "convolution": (causal_conv, conv_inputs),
     "ssd": (ssd, ssd_inputs),
     "linear attention": (linear_attention, plain_inputs),
@@ -108,6 +115,30 @@ def test_chunks_of_any_size(size: int, decays: int, with_delta: bool) -> None:
     for out, other in zip(found, expected, strict=True):
         both = (torch.autograd.grad((x**2).sum(), inputs, retain_graph=True, allow_unused=True) for x in (out, other))
         agree(*([x for x in grads if x is not None] for grads in both))
+
+
+@pytest.mark.parametrize("size", [2, 13, 64])
+def test_convolutions_of_any_size(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An FFT that wraps around, and a state that skips a power between chunks."""
+    monkeypatch.setattr(sys.modules["foveal.kernels.s4d"], "_CHUNK", size)  # the function hides its module
+    torch.manual_seed(0)
+    lengths = [17, 1, 30]
+    inputs = s4d_inputs(sum(lengths), len(lengths))
+    agree(results(s4d, inputs, lengths, "torch"), results(s4d, inputs, lengths, "reference"))
+
+
+def test_s4d_is_the_published_convolution() -> None:
+    """A recurrence that is another discretisation: K[l] = 2 Re sum C (e^{dt A} - 1) / A e^{l dt A} on an impulse."""
+    torch.manual_seed(0)
+    _, dt, a_parts, c_parts, _ = s4d_inputs(1, 1)
+    a, c = torch.view_as_complex(a_parts), torch.view_as_complex(c_parts)
+    da = dt[:, None] * a
+    kernel = torch.stack([2 * (c * (da.exp() - 1) / a * (da * place).exp()).sum(-1).real for place in range(40)])
+    impulse = torch.zeros(40, 6, dtype=torch.float64)
+    impulse[0] = 1
+    nothing = torch.zeros(1, 6, 3, 2, dtype=torch.float64)
+    found, _ = s4d(impulse, dt, a_parts, c_parts, nothing, make_queries([40], [40]))
+    agree([found], [kernel])
 
 
 @pytest.mark.parametrize("name", CASES)

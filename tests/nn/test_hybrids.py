@@ -17,6 +17,7 @@ from foveal.config.model import (
     ModelConfig,
     RecurrentConfig,
     RopeConfig,
+    S4DConfig,
 )
 from foveal.costs.cache_bytes import cache_cost, cache_dtypes
 from foveal.costs.parameters import total_parameters
@@ -32,6 +33,7 @@ SPARSE_GQA = BlockConfig(
 )
 RECURRENT: dict[str, RecurrentConfig] = {
     "mamba": MambaConfig(inner=48, state=4, conv=4, dt_rank=3),
+    "s4d": S4DConfig(channels=32, state=5),
     "mamba2": Mamba2Config(heads=4, head_dim=12, state=6, groups=2, conv=3),
     "gated delta": GatedDeltaConfig(heads=4, key_heads=2, key_dim=6, value_dim=10, conv=4),
     "kda": KDAConfig(heads=3, head_dim=10, conv=4),

@@ -111,6 +111,26 @@ class MambaConfig:
 
 
 @dataclass(frozen=True)
+class S4DConfig:
+    """S4D (arXiv 2206.11893): a diagonal linear recurrence in each of the hidden state's channels; `state` complex
+    numbers, of which each stands for itself and its conjugate."""
+
+    channels: int
+    """The hidden size."""
+    state: int
+
+    @property
+    def inputs_shape(self) -> tuple[int, int]:
+        """[0, X]: there is no convolution that remembers inputs."""
+        return 0, self.channels
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """[X, Y, 2]: the state of a sequence, in float32."""
+        return self.channels, self.state, 2
+
+
+@dataclass(frozen=True)
 class Mamba2Config:
     """Mamba-2 (arXiv 2405.21060, section 7): one decay a head; groups of heads share B and C, and are normed alone."""
 
@@ -227,7 +247,7 @@ class MoEConfig:
             raise ValueError(f"config.json: {self.per_token} experts a token cannot come from {self.experts} experts")
 
 
-RecurrentConfig = MambaConfig | Mamba2Config | GatedDeltaConfig | KDAConfig
+RecurrentConfig = S4DConfig | MambaConfig | Mamba2Config | GatedDeltaConfig | KDAConfig
 """Mixers that keep a state of constant size instead of something for each token."""
 MixerConfig = GQAConfig | MLAConfig | RecurrentConfig
 FeedForwardConfig = MLPConfig | MoEConfig

@@ -149,9 +149,9 @@ def block_rows(block: BlockConfig, dtypes: CacheDtypes) -> list[CacheRow]:
 def state_bytes(block: BlockConfig, dtype: str) -> int:
     """Bytes of one sequence's recurrent state, constant in the context.
 
-    The last W - 1 inputs of the convolutions, in the model's dtype, and a float32 state. Mamba-1: X inputs, X Y numbers
-    of state. Mamba-2: X + 2 G Y and X Y. KDA: 3 H P and H P^2. Gated
-    delta rule: 2 G P + H V and H P V.
+    The last W - 1 inputs of the convolutions, in the model's dtype, and a float32 state. S4D: no inputs, 2 X Y numbers
+    of state. Mamba-1: X and X Y. Mamba-2: X + 2 G Y and X Y. KDA: 3 H P and H P^2. Gated delta rule: 2 G P + H V and
+    H P V.
     """
     mixer = block.operation
     if not isinstance(mixer, RecurrentConfig):

@@ -19,6 +19,7 @@ from foveal.config.model import (
     MambaConfig,
     MLAConfig,
     ModelConfig,
+    S4DConfig,
 )
 from foveal.costs.attention import MLAForm, causal_pairs, cheapest_mla_form, mla_macs, selected_pairs
 from foveal.costs.weights import Part, block_weights
@@ -131,11 +132,14 @@ def index_core_macs(block: BlockConfig, queries: int, context: int) -> int:
 def state_macs(block: BlockConfig) -> int:
     """MACs of one token's update of a recurrent state, element by element.
 
-    Mamba-1: 3 X Y (decay, input, output: arXiv 2312.00752, equation 2). Mamba-2: the same, X = H P. KDA: 4 H P^2
-    (decay, k^T S, the outer product, q^T S: arXiv 2510.26692, equation 1). Gated delta rule: 4 H P V likewise. So the
-    recurrence computes it; chunked forms do more, in larger products.
+    S4D: 8 X Y (a complex decay, the input, the real part of the output: arXiv 2206.11893, section 2). Mamba-1: 3 X Y
+    (decay, input, output: arXiv 2312.00752, equation 2). Mamba-2: the same, X = H P. KDA: 4 H P^2 (decay, k^T S, the
+    outer product, q^T S: arXiv 2510.26692, equation 1). Gated delta rule: 4 H P V likewise. So the recurrence computes
+    it; chunked forms do more, in larger products.
     """
     mixer = block.operation
+    if isinstance(mixer, S4DConfig):
+        return 4 * math.prod(mixer.state_shape)
     if isinstance(mixer, MambaConfig | Mamba2Config):
         return 3 * math.prod(mixer.state_shape)
     if isinstance(mixer, GatedDeltaConfig | KDAConfig):

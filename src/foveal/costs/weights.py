@@ -20,6 +20,7 @@ from foveal.config.model import (
     MLPConfig,
     ModelConfig,
     MoEConfig,
+    S4DConfig,
 )
 
 Part = Literal["embedding", "attention", "indexer", "recurrence", "feed_forward", "norms", "lm_head"]
@@ -82,6 +83,8 @@ def _mixer(mixer: MixerConfig, hidden: int) -> Iterator[Weight]:
         return _gqa(mixer, hidden)
     if isinstance(mixer, MLAConfig):
         return _mla(mixer, hidden)
+    if isinstance(mixer, S4DConfig):
+        return _s4d(mixer, hidden)
     if isinstance(mixer, MambaConfig):
         return _mamba(mixer, hidden)
     if isinstance(mixer, Mamba2Config):
@@ -135,6 +138,16 @@ def _indexer(indexer: IndexerConfig, hidden: int) -> Iterator[Weight]:
     yield Weight("indexer", "weights_proj", indexer.heads, hidden, storage="float32")
     for name in ("k_norm.weight", "k_norm.bias"):
         yield _vector("indexer", name, indexer.head_dim, storage="float32")
+
+
+def _s4d(s4d: S4DConfig, hidden: int) -> Iterator[Weight]:
+    """A and C, complex [X, Y], time steps and D [X], out X -> 2 D (arXiv 2206.11893, section 4)."""
+    for name, numbers in (("A_log", 1), ("A_imag", 1), ("C", 2)):
+        yield Weight("recurrence", name, s4d.channels, numbers * s4d.state, storage="float32", multiplies=False)
+    for name in ("log_dt", "D"):
+        yield _vector("recurrence", name, s4d.channels, storage="float32")
+    yield Weight("recurrence", "out_proj", 2 * hidden, s4d.channels)
+    yield _vector("recurrence", "out_proj.bias", 2 * hidden)
 
 
 def _mamba(mamba: MambaConfig, hidden: int) -> Iterator[Weight]:

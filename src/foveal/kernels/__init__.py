@@ -19,6 +19,7 @@ from foveal.kernels.packed import sparse_gradients
 from foveal.kernels.quantise import hadamard, quantise_e4m3, quantise_index
 from foveal.kernels.records import write_index_keys, write_latents
 from foveal.kernels.rope import apply_rope
+from foveal.kernels.s4d import s4d
 from foveal.kernels.scan import causal_conv, selective_scan
 from foveal.kernels.selection import select
 from foveal.kernels.sparse import sparse_attention
@@ -52,6 +53,7 @@ __all__ = [
     "quantise_index",
     "quantise_weight",
     "rms_norm",
+    "s4d",
     "select",
     "selective_scan",
     "sparse_attention",
@@ -68,7 +70,7 @@ del _cpu, _gpu, _packed  # importing them registered the fast versions, and thos
 def operations() -> tuple[Operation[..., Any], ...]:
     """Every operation that has versions to choose from."""
     attentions = (attention, flash_forward, sparse_attention)
-    recurrences = (causal_conv, selective_scan, ssd, linear_attention, delta_rule)
+    recurrences = (causal_conv, s4d, selective_scan, ssd, linear_attention, delta_rule)
     products = (linear, *attentions, select, experts, *recurrences)
     stores = (quantise_index, write_index_keys, write_latents)
     return (index_divergence, sparse_gradients, *products, *stores, rms_norm, add_rms_norm, apply_rope, gated)

@@ -22,6 +22,7 @@ from foveal.config.model import (
     MLAConfig,
     MLPConfig,
     MoEConfig,
+    S4DConfig,
 )
 from foveal.kernels import QuantisedWeight, linear, pack_weight, quantise_weight
 from foveal.kernels.cpu.block import AnyBlock
@@ -39,6 +40,7 @@ from foveal.nn.mla import MLA
 from foveal.nn.mlp import MLP
 from foveal.nn.moe import Experts, MoE
 from foveal.nn.norm import RMSNorm
+from foveal.nn.s4d import S4D
 from foveal.nn.selectors import Selector
 from foveal.nn.step import Step
 from foveal.nn.watch import Sight, Watch
@@ -251,6 +253,8 @@ def _operation(block: BlockConfig, config: ModelConfig, options: Options) -> nn.
         return GQA(operation, hidden, eps, dtype)
     if isinstance(operation, MLAConfig):
         return MLA(operation, hidden, dtype, options.mla_form)
+    if isinstance(operation, S4DConfig):
+        return S4D(operation, hidden, dtype)
     if isinstance(operation, MambaConfig):
         return Mamba(operation, hidden, eps, dtype)
     if isinstance(operation, Mamba2Config):

@@ -11,6 +11,7 @@ from foveal.nn.linear import Linear
 from foveal.nn.mamba import Mamba
 from foveal.nn.moe import Experts, Router
 from foveal.nn.recurrent import Convolution, Recurrent
+from foveal.nn.s4d import S4D
 
 # Weights whose results are added to the residual stream.
 _OUTPUTS = ("o_proj", "down_proj", "out_proj")
@@ -68,6 +69,9 @@ def _start_recurrence(mixer: Recurrent, generator: torch.Generator) -> None:
     """Decays and time steps: A = 1, 2, ... Y in each channel of Mamba-1 (arXiv 2312.00752, section 3.6), elsewhere
     evenly from 1 to 16 by head (arXiv 2405.21060, as in `mamba_ssm`); time steps from 0.001 to 0.1, evenly in their
     logarithm, as what softplus makes of the bias; D = 1."""
+    if isinstance(mixer, S4D):
+        _start_s4d(mixer, generator)
+        return
     parameters = dict(mixer.named_parameters())
     decay = parameters["A_log"]
     if isinstance(mixer, Mamba):
@@ -75,10 +79,25 @@ def _start_recurrence(mixer: Recurrent, generator: torch.Generator) -> None:
     else:
         decay.copy_((1 + 15 * torch.rand(decay.shape, generator=generator)).log())
     bias = parameters["dt_proj.bias" if isinstance(mixer, Mamba) else "dt_bias"]
-    step = torch.exp(math.log(1e-3) + (math.log(1e-1) - math.log(1e-3)) * torch.rand(bias.shape, generator=generator))
+    step = _log_steps(bias, generator).exp()
     bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
     if "D" in parameters:
         parameters["D"].fill_(1)
+
+
+def _start_s4d(mixer: S4D, generator: torch.Generator) -> None:
+    """A = -1/2 + i pi n in each channel (S4D-Lin: arXiv 2206.11893, equation 10); C normal; time steps and D as of the
+    others."""
+    mixer.A_log.fill_(math.log(0.5))
+    mixer.A_imag.copy_((math.pi * torch.arange(mixer.config.state)).expand_as(mixer.A_imag))
+    _normal(mixer.C, 0.5**0.5, generator)
+    mixer.log_dt.copy_(_log_steps(mixer.log_dt, generator))
+    mixer.D.fill_(1)
+
+
+def _log_steps(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Logarithms of time steps from 0.001 to 0.1, evenly."""
+    return math.log(1e-3) + (math.log(1e-1) - math.log(1e-3)) * torch.rand(like.shape, generator=generator)
 
 
 def _normal(weight: Tensor, std: float, generator: torch.Generator) -> None:
