@@ -156,3 +156,19 @@ def test_copies_come_in_the_order_of_what_they_read() -> None:
         content[destination] = content[source]
     assert all(content[manager.slot(key) or 0] == "state" for key in "bcd")
     assert manager.usage.snapshots == 0
+
+
+def test_two_snapshots_of_one_step() -> None:
+    """Guards against copies out of order, where the second sequence's state takes the place of the first one's."""
+    manager = CacheManager(20, slots=4)
+    prompts = {"a": [*pages(1), 0], "b": [*pages(2), 0]}
+    for key, tokens in prompts.items():
+        manager.admit(key, tokens)
+        assert manager.reserve(key, PAGE_SIZE)
+    for key, tokens in prompts.items():
+        manager.commit(key, tokens, PAGE_SIZE)
+    own, (snapshot,) = [manager.slot(key) for key in prompts], {1, 2, 3} - {manager.slot(key) for key in prompts}
+    assert manager.take_copies().slots == [(own[0], snapshot), (own[1], snapshot)]
+    assert manager.admit("c", prompts["b"]) == PAGE_SIZE
+    manager.free("c")
+    assert manager.admit("d", prompts["a"]) == 0

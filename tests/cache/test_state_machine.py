@@ -122,18 +122,12 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(key=keys, count=counts, token=st.sampled_from(TOKENS), rejected=st.integers(0, 3))
     def append(self, key: int, count: int, token: int, rejected: int) -> None:
         """A step: what is left of the prompt, or new tokens, of which the last ones may be rejected (speculation)."""
-        sequence = self.sequences[key]
-        pending = sequence.tokens[sequence.computed :][:count]
-        new = pending or [token] * min(count, MAX_TOKENS - sequence.computed)
-        new = new[: self.manager.step_end(key, sequence.computed + len(new)) - sequence.computed]
-        length = sequence.computed + len(new)
-        if not self._reserve(key, length):
-            return
-        self._write(key, sequence.computed, new)
-        kept = len(new) if pending else max(0, len(new) - rejected)
-        if not pending:
-            sequence.tokens += new[:kept]
-        self._commit(key, sequence.computed + kept)
+        self._step([key], count, token, rejected)
+
+    @rule(first=keys, second=keys, count=counts, token=st.sampled_from(TOKENS))
+    def append_to_two(self, first: int, second: int, count: int, token: int) -> None:
+        """One step of two sequences: everything is written before anything is committed."""
+        self._step(list({first: None, second: None}), count, token, 0)
 
     @rule(key=keys, count=counts)
     def catch_up(self, key: int, count: int) -> None:
@@ -232,6 +226,23 @@ class CacheMachine(RuleBasedStateMachine):
             assert set(slots) <= {None}
 
     # The model's own work.
+
+    def _step(self, keys: list[int], count: int, token: int, rejected: int) -> None:
+        computed = {}
+        for key in keys:
+            sequence = self.sequences[key]
+            pending = sequence.tokens[sequence.computed :][:count]
+            new = pending or [token] * min(count, MAX_TOKENS - sequence.computed)
+            new = new[: self.manager.step_end(key, sequence.computed + len(new)) - sequence.computed]
+            if not self._reserve(key, sequence.computed + len(new)):
+                continue
+            self._write(key, sequence.computed, new)
+            kept = len(new) if pending else max(0, len(new) - rejected)
+            if not pending:
+                sequence.tokens += new[:kept]
+            computed[key] = sequence.computed + kept
+        for key, length in computed.items():
+            self._commit(key, length)
 
     def _admit(self, tokens: list[int], salt: str | None, reusable: bool) -> int:
         key = self._new_key()
