@@ -9,6 +9,7 @@
 namespace foveal::FOVEAL_ISA {
 namespace {
 
+constexpr int64_t USUAL_TAPS = 4;     // of released models
 constexpr int64_t CHANNELS = 256;     // of a block
 constexpr int64_t NUMBERS = 1 << 15;  // products; fewer are not worth waking a second thread
 
@@ -27,9 +28,9 @@ struct Block {
 
 // Weights by tap, in the block's order of channels.
 template <class Number>
-void turn_weights(const Number* weight, int64_t count, int64_t taps, Number* turned) {
-  for (int64_t tap = 0; tap < taps; ++tap)
-    for (int64_t i = 0; i < count; ++i) turned[tap * CHANNELS + i] = weight[i * taps + tap];
+FOVEAL_INLINE void turn_weights(const Number* weight, int64_t count, int64_t taps, Number* turned) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t tap = 0; tap < taps; ++tap) turned[tap * CHANNELS + i] = weight[i * taps + tap];
 }
 
 template <class Number>
@@ -63,7 +64,10 @@ void run_block(const CausalConv& conv, int64_t sequence, int64_t first, char* me
   };
   Number* weights = Scratch::take<Number>(memory, taps * CHANNELS);
   const Number** rows = Scratch::take<const Number*>(memory, taps);
-  turn_weights(block.weight, block.count, taps, weights);
+  if (taps == USUAL_TAPS)  // known to the compiler, which then moves whole registers
+    turn_weights(block.weight, block.count, USUAL_TAPS, weights);
+  else
+    turn_weights(block.weight, block.count, taps, weights);
   for (int64_t t = 0; t < length; ++t) {
     for (int64_t tap = 0; tap < taps; ++tap) rows[tap] = block.row(t - taps + 1 + tap, taps);
     convolve(block, rows, weights, taps, static_cast<Number*>(conv.y) + (begin + t) * channels + first);

@@ -62,22 +62,31 @@ void read_factors(const LinearAttention& call, int64_t token, int64_t head, Fact
   factors.product = sum(product);
 }
 
-// Where a block's rows are read and written.
+// Where a block's rows are read and written: between the first token and the last in one place, row after row.
+template <int registers, bool held>
 struct Place {
+  static constexpr int64_t width = registers * F32::width;
   const float* in;
   int64_t in_stride;
   float* out;
   int64_t out_stride;
+
+  FOVEAL_INLINE const float* read(int64_t row) const {
+    if constexpr (held) return out + row * width;
+    __builtin_prefetch(in + (row + AHEAD) * in_stride);
+    return in + row * in_stride;
+  }
+  FOVEAL_INLINE const float* read_again(int64_t row) const { return held ? out + row * width : in + row * in_stride; }
+  FOVEAL_INLINE float* write(int64_t row) const { return out + row * (held ? width : out_stride); }
 };
 
 // S = exp(g) S + k v^T; o = S^T q.
-template <int registers>
-FOVEAL_INLINE void add(const Factors& factors, const Place& place, int64_t keys, const F32* v, F32* o) {
+template <int registers, bool held>
+FOVEAL_INLINE void add(const Factors& factors, const Place<registers, held>& place, int64_t keys, const F32* v, F32* o) {
   for (int64_t p = 0; p < keys; ++p) {
     const F32 decay = set1(factors.decay[p]), key = set1(factors.key[p]), query = set1(factors.query[p]);
-    const float* in = place.in + p * place.in_stride;
-    float* out = place.out + p * place.out_stride;
-    __builtin_prefetch(in + AHEAD * place.in_stride);
+    const float* in = place.read(p);
+    float* out = place.write(p);
 #pragma GCC unroll 4
     for (int i = 0; i < registers; ++i) {
       const F32 state = fma(key, v[i], decay * load(in + i * F32::width));
@@ -88,14 +97,14 @@ FOVEAL_INLINE void add(const Factors& factors, const Place& place, int64_t keys,
 }
 
 // The same with u = beta (v - (exp(g) S)^T k) in the place of v.
-template <int registers>
-FOVEAL_INLINE void correct(const Factors& factors, const Place& place, int64_t keys, F32 beta, const F32* v, F32* o) {
+template <int registers, bool held>
+FOVEAL_INLINE void correct(const Factors& factors, const Place<registers, held>& place, int64_t keys, F32 beta,
+                           const F32* v, F32* o) {
   F32 old[registers], u[registers];
   for (int i = 0; i < registers; ++i) old[i] = zero();
   for (int64_t p = 0; p < keys; ++p) {
     const F32 key = set1(factors.decayed_key[p]), query = set1(factors.decayed_query[p]);
-    const float* in = place.in + p * place.in_stride;
-    __builtin_prefetch(in + AHEAD * place.in_stride);
+    const float* in = place.read(p);
 #pragma GCC unroll 4
     for (int i = 0; i < registers; ++i) {
       const F32 state = load(in + i * F32::width);
@@ -109,16 +118,17 @@ FOVEAL_INLINE void correct(const Factors& factors, const Place& place, int64_t k
   }
   for (int64_t p = 0; p < keys; ++p) {
     const F32 decay = set1(factors.decay[p]), key = set1(factors.key[p]);
-    const float* in = place.in + p * place.in_stride;
-    float* out = place.out + p * place.out_stride;
+    const float* in = place.read_again(p);
+    float* out = place.write(p);
 #pragma GCC unroll 4
     for (int i = 0; i < registers; ++i)
       store(out + i * F32::width, fma(key, u[i], decay * load(in + i * F32::width)));
   }
 }
 
-template <bool delta, int registers>
-void advance(const LinearAttention& call, int64_t token, const Block& block, const Factors& factors, const Place& place) {
+template <bool delta, int registers, bool held>
+void advance(const LinearAttention& call, int64_t token, const Block& block, const Factors& factors,
+             const Place<registers, held>& place) {
   const int64_t column = block.head * call.values + block.first;
   const float* v = call.v.of(token) + column;
   float* out = call.out + token * call.heads * call.values + column;
@@ -128,9 +138,9 @@ void advance(const LinearAttention& call, int64_t token, const Block& block, con
     o[i] = zero();
   }
   if constexpr (delta)
-    correct<registers>(factors, place, call.keys, set1(call.beta.of(token)[block.head]), values, o);
+    correct(factors, place, call.keys, set1(call.beta.of(token)[block.head]), values, o);
   else
-    add<registers>(factors, place, call.keys, values, o);
+    add(factors, place, call.keys, values, o);
   for (int i = 0; i < registers; ++i) {
     const int64_t rest = block.count - i * F32::width;
     if (rest >= F32::width)
@@ -157,11 +167,15 @@ void run_block(const LinearAttention& call, const Block& block, char* memory) {
   const bool whole = block.count == width && begin != end;
   if (!whole) copy_rows(call.state_in + first, values, held, width, keys, block.count);
   for (int64_t t = begin; t < end; ++t) {
-    Place place = {held, width, held, width};
-    if (whole && t == begin) place.in = call.state_in + first, place.in_stride = values;
-    if (whole && t + 1 == end) place.out = call.state_out + first, place.out_stride = values;
     read_factors(call, t, block.head, factors);
-    advance<delta, registers>(call, t, block, factors, place);
+    Place<registers, false> place = {held, width, held, width};
+    const bool read = whole && t == begin, write = whole && t + 1 == end;
+    if (read) place.in = call.state_in + first, place.in_stride = values;
+    if (write) place.out = call.state_out + first, place.out_stride = values;
+    if (read || write)
+      advance<delta>(call, t, block, factors, place);
+    else
+      advance<delta>(call, t, block, factors, Place<registers, true>{held, width, held, width});
   }
   if (!whole) copy_rows(held, width, call.state_out + first, values, keys, block.count);
 }

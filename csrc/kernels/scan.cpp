@@ -64,19 +64,21 @@ struct Token {
   int64_t padded;
 };
 
-template <bool by_state, int count>
+// `fixed`: the padded states of a channel where they are known here, which leaves registers for addresses, or 0.
+// in_place: `in` is `out`.
+template <bool by_state, int fixed, bool in_place, int count>
 FOVEAL_INLINE void advance(const Token& token, const Share& share, int64_t channel, const float* in, float* out, float* y) {
+  const int64_t padded = fixed ? fixed : token.padded, row = channel * padded;
   F32 sums[count];
   for (int i = 0; i < count; ++i) sums[i] = zero();
-  const int64_t row = channel * token.padded;
-  for (int64_t j = 0; j < token.padded; j += F32::width) {
+  for (int64_t j = 0; j < padded; j += F32::width) {
     const F32 b = load(token.b + j), c = load(token.c + j);
 #pragma GCC unroll 4
     for (int i = 0; i < count; ++i) {
-      const int64_t place = row + i * token.padded + j;
+      const int64_t place = row + i * padded + j;
       F32 decay = token.decay;
       if constexpr (by_state) decay = exp2(set1(share.rate[channel + i]) * load(token.a + place));
-      const F32 h = fma(set1(share.input[channel + i]), b, decay * load(in + place));
+      const F32 h = fma(set1(share.input[channel + i]), b, decay * load((in_place ? out : in) + place));
       store(out + place, h);
       sums[i] = fma(h, c, sums[i]);
     }
@@ -85,6 +87,13 @@ FOVEAL_INLINE void advance(const Token& token, const Share& share, int64_t chann
     store_sums(y + channel, sums[0], sums[1], sums[2], sums[3]);
   else
     y[channel] = sum(sums[0]);
+}
+
+template <bool by_state, int fixed, bool in_place>
+void advance_all(const Token& token, const Share& share, int64_t count, const float* in, float* out, float* y) {
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) advance<by_state, fixed, in_place, 4>(token, share, i, in, out, y);
+  for (; i < count; ++i) advance<by_state, fixed, in_place, 1>(token, share, i, in, out, y);
 }
 
 // dt log2(e) and dt u of every channel.
@@ -105,7 +114,7 @@ void read_inputs(const float* u, float dt, int64_t count, const Share& share) {
   for (; i < count; ++i) share.input[i] = dt * u[i];
 }
 
-template <bool by_state>
+template <bool by_state, int fixed>
 void scan_block(const Scan& scan, const Block& block, const Share& share) {
   const int64_t states = scan.states, padded = in_registers(states), channels = scan.heads * scan.channels;
   const int64_t begin = scan.sequences.offsets[block.sequence], end = scan.sequences.offsets[block.sequence + 1];
@@ -143,9 +152,10 @@ void scan_block(const Scan& scan, const Block& block, const Share& share) {
       token.b = share.b, token.c = share.c;
     }
     float* y = scan.y + t * channels + channel;
-    int64_t i = 0;
-    for (; i + 4 <= block.count; i += 4) advance<by_state, 4>(token, share, i, in, out, y);
-    for (; i < block.count; ++i) advance<by_state, 1>(token, share, i, in, out, y);
+    if (in == out)
+      advance_all<by_state, fixed, true>(token, share, block.count, in, out, y);
+    else
+      advance_all<by_state, fixed, false>(token, share, block.count, in, out, y);
     in = out;
   }
   if (padded != states) unpad(out, block.count, states, last);
@@ -153,6 +163,7 @@ void scan_block(const Scan& scan, const Block& block, const Share& share) {
 
 template <bool by_state>
 void run(const Scan& scan) {
+  constexpr int USUAL_STATES = by_state ? 16 : 128;  // of released models
   const int64_t padded = in_registers(scan.states);
   int64_t most = BLOCK_NUMBERS * (by_state ? 1 : 2) / padded / 4 * 4;  // channels of a block
   most = most < 4 ? 4 : most > MOST_CHANNELS ? MOST_CHANNELS : most;
@@ -165,7 +176,9 @@ void run(const Scan& scan) {
   auto body = [&](int item, int thread) {
     const int64_t first = item % blocks * most, rest = scan.channels - first;
     const Block block = {item / of_sequence, item % of_sequence / blocks, first, rest < most ? rest : most};
-    scan_block<by_state>(scan, block, Share(memory + thread * space, most, padded));
+    const Share share(memory + thread * space, most, padded);
+    padded == USUAL_STATES ? scan_block<by_state, USUAL_STATES>(scan, block, share)
+                           : scan_block<by_state, 0>(scan, block, share);
   };
   parallel(threads, static_cast<int>(scan.sequences.count * of_sequence), body);
 }
