@@ -94,3 +94,33 @@ def test_latent_keys_and_nothing_selected() -> None:
     )
     assert divergence[0] == 0 and divergence[1].abs() < 1e-6 and divergence[2] > 0
     assert all(g.isfinite().all() for g in torch.autograd.grad(loss, [q_TIJ, weights, k_RJ]))
+
+
+@pytest.mark.parametrize(("case", "selects"), CONTEXT_CASES)
+def test_tokens_of_weight_0_are_not_looked_at(case: str, selects: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile that takes a neighbour's query or key limit for the one that counts; work for those that do not."""
+    monkeypatch.setattr(module, "TILE_SCORES", 2000)
+    counts, lengths = CASES[case]
+    q_TIJ, weights_TI, q_THP = (
+        torch.randn(sum(counts), 5, 8),
+        torch.randn(sum(counts), 5),
+        torch.randn(sum(counts), 6, 7),
+    )
+    asked_T = torch.rand(sum(counts)) < 0.4
+    contexts, queries = Contexts.packed(lengths), make_queries(counts, lengths)
+    index_keys = KeySource(Rows(torch.randn(sum(lengths), 8)), contexts)
+    keys = KeySource(Rows(torch.randn(sum(lengths), 2, 7)), contexts)
+    selection = random_selection(counts, lengths, 6) if selects else None
+
+    def run(q_TIJ: Tensor, token_weights_T: Tensor) -> tuple[Tensor, Tensor]:
+        return index_divergence(
+            *(q_TIJ, weights_TI, index_keys, q_THP, keys, queries, token_weights_T),
+            scale=0.4,
+            selection_TK=selection,
+            version="tiled",
+        )
+
+    loss, divergence_T = run(q_TIJ.where(asked_T[:, None, None], torch.nan), asked_T.float())
+    _, of_all_T = run(q_TIJ, torch.ones(sum(counts)))
+    torch.testing.assert_close(divergence_T, of_all_T.where(asked_T, 0.0))
+    torch.testing.assert_close(loss, divergence_T.sum())

@@ -151,3 +151,32 @@ def test_sixty_clients(server: Server, alone: LLM) -> None:
 def test_five_hundred_clients(server: Server, alone: LLM) -> None:
     """The same with 500."""
     _chaos(server, alone, 500)
+
+
+def test_bfloat16_in_a_crowd(stories_folder: str) -> None:
+    """Sums of bfloat16 depend on who shares the batch, so that near ties may part; where a text parts from the same
+    request's alone, each one's token must have been among the other's five likeliest: more is a mixed-up sequence."""
+    crowd = [client for client in clients(30) if isinstance(client.prompt, str) and len(client.prompt) < 1000]
+    llm = LLM(
+        stories_folder, dtype="bfloat16", max_num_seqs=24, max_num_batched_tokens=256, kv_cache_memory=120 * 40960
+    )
+
+    async def ask(http: openai.AsyncOpenAI, client: Client) -> tuple[list[str], list[set[str]]]:
+        answer = await http.completions.create(
+            model=MODEL, prompt=client.prompt, max_tokens=client.max_tokens, temperature=0, logprobs=5
+        )
+        told = answer.choices[0].logprobs
+        assert told is not None and told.tokens and told.top_logprobs
+        return told.tokens, [set(place) for place in told.top_logprobs]
+
+    async def together(clients: list[Client]) -> list[Any]:
+        async with server.async_client() as http:
+            return await asyncio.wait_for(asyncio.gather(*[ask(http, client) for client in clients]), _PATIENCE)
+
+    with serving(llm, max_num_seqs=24, max_queued_requests=100) as server:
+        in_a_crowd = asyncio.run(together(crowd))
+        alone = [asyncio.run(together([client]))[0] for client in crowd]
+    for (mine, my_best), (theirs, their_best) in zip(in_a_crowd, alone, strict=True):
+        parted = next((n for n, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), None)
+        if parted is not None:
+            assert mine[parted] in their_best[parted] and theirs[parted] in my_best[parted]

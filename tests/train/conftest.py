@@ -25,8 +25,9 @@ def recipe(tmp_path: Path) -> Callable[..., Recipe]:
     def make(stages: str, model: str = 'config = "config.json"', overrides: tuple[str, ...] = (), **run: Any) -> Recipe:
         settings = {"output": "run", "evaluate_tokens": 128} | run
         lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in settings.items())
+        tokenizer = "[data.tokenizer]\nvocab_size = 320\n" if model.startswith("config") else ""
         (tmp_path / "recipe.toml").write_text(
-            f'[model]\n{model}\n[data]\ncache = "cache"\nheld_out = 0.1\n[data.tokenizer]\nvocab_size = 320\n'
+            f'[model]\n{model}\n[data]\ncache = "cache"\nheld_out = 0.1\n{tokenizer}'
             f'[[data.text]]\nfiles = ["text.txt"]\n{stages}\n[run]\n{lines}\n'
         )
         return read_recipe(tmp_path / "recipe.toml", Recipe, overrides)

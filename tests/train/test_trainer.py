@@ -12,7 +12,7 @@ from tiny import stage
 
 from foveal import LLM, SamplingParams
 from foveal.models.load import load_model
-from foveal.train.checkpoints import Checkpoints
+from foveal.train.checkpoints import Checkpoints, progress_of
 from foveal.train.schema import Recipe
 from foveal.train.trainer import Trainer
 
@@ -179,6 +179,7 @@ def test_merged_into_deepseek_v32(recipe: Make, tmp_path: Path) -> None:
         (stage("pretrain", 1, learns="indexer"), None, "pretrain stage has no loss for indexers"),
         (stage("distil", 1, teacher="{llama}"), None, "teacher.*128 tokens.* 320"),
         (stage("pretrain", 1), 'start = "{llama}"', "tokenizer has 300 tokens.*128"),
+        (stage("pretrain", 1), 'start = "{llama}"\n[data.tokenizer]\nvocab_size = 300', "llama has its own"),
     ],
 )
 def test_mistakes(recipe: Make, tmp_path: Path, stages: str, model: str | None, message: str) -> None:
@@ -186,6 +187,7 @@ def test_mistakes(recipe: Make, tmp_path: Path, stages: str, model: str | None, 
     llama = tmp_path / "llama"
     vocab = 320 if "no indexers" in message or "needs a teacher" in message else 128
     make_oracle("llama", llama, vocab_size=vocab)
+    Trainer(recipe(stage("pretrain", 1))).tokenizer.save_pretrained(llama)
     arguments = [model.format(llama=llama)] if model else []
     with pytest.raises(ValueError, match=message):
         Trainer(recipe(stages.replace("{llama}", str(llama)), *arguments)).train()
@@ -251,6 +253,16 @@ def test_a_changed_recipe(recipe: Make) -> None:
     assert not torch.equal(learned, fresh.decoder.embed_tokens.weight)
     with pytest.raises(ValueError, match="further than this recipe"):
         Trainer(recipe(stage("pretrain", 2))).train()
+
+
+def test_sources_of_a_stage(recipe: Make) -> None:
+    """A stage that reads what it was not told to."""
+    more = '[[data.text]]\nname = "more"\nfiles = ["text.txt"]\n'
+    made = recipe(more + stage("pretrain", 2, sources=["more"]), checkpoint_minutes=1e-9)
+    Trainer(made).train()
+    assert list(progress_of(made.run.output / "checkpoints" / "step-00000001")["feed"]["rows"]) == ["more"]
+    with pytest.raises(ValueError, match=r"stages\.sources: other is none of text0, more"):
+        recipe(more + stage("pretrain", 2, sources=["other"]))
 
 
 def test_indexers_of_its_own(recipe: Make) -> None:

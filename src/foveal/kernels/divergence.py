@@ -14,7 +14,7 @@ from foveal.kernels.keys import KeySource, Queries
 from foveal.kernels.packed import gather_tiles, packed_rows, rows_of
 
 # Scores of one tile: queries x heads (attention's or the indexer's, whichever are more) x keys.
-TILE_SCORES = 1 << 21
+TILE_SCORES = 1 << 19
 
 
 @operation(differentiable=True)
@@ -36,15 +36,18 @@ def index_divergence(
     p: the softmax of scale * q.k (q_THP: [T, H, P]; keys: rows [G, P]), averaged over heads, which is their sum,
     L1-normalised. I(t, n) = sum_i weights(t, i) ReLU(q(t, i) . k(n)) (q_TIJ: [T, I, J]; weights_TI: [T, I]; index keys:
     rows [J]). Both over all keys up to the query's own, or with `selection_TK` (int32 [T, K], -1 = none) over these.
-    Rows are packed (no pages). token_weights_T: [T].
+    Rows are packed (no pages). token_weights_T: [T]; a token of weight 0 is not looked at.
     Returns the sum, a scalar, differentiable in q_TIJ, weights_TI and the index keys alone, and every token's KL,
-    [T], without gradient; both at least float32. A token whose selection is empty has 0.
+    [T], without gradient; both at least float32. A token whose selection is empty, or whose weight is 0, has 0.
     """
     divergences = []
     for s, (row, count, first) in enumerate(queries):
         k_NGP, k_NJ = (widened(source.context(s, 0, first + count)) for source in (keys, index_keys))
         k_NHP = k_NGP.repeat_interleave(q_THP.shape[1] // k_NGP.shape[1], 1)
         for t in range(count):
+            if not token_weights_T[row + t]:
+                divergences.append(weights_TI.new_zeros((), dtype=k_NJ.dtype))
+                continue
             seen_N = torch.arange(first + t + 1, device=q_TIJ.device)
             if selection_TK is not None:
                 seen_N = selection_TK[row + t][selection_TK[row + t] >= 0].long()
@@ -70,16 +73,22 @@ class _Target:
     rows_TK: Tensor | None
     """Packed rows of the selection, -1 = none; None: everything up to the query is seen."""
 
-    def tiles(self, heads: int, width: int) -> Iterator[tuple[slice, Tensor | slice, Tensor]]:
+    def tiles(self, asked_A: Tensor, heads: int, width: int) -> Iterator[tuple[Tensor, Tensor | slice, Tensor]]:
         """(queries, packed rows that they see, bool: which of these they do not): rows are a slice that all share, or
-        int64 [t, K]. `heads` and `width` say how large an indexer's scores and a row of its keys are."""
+        int64 [t, K]. asked_A: the queries that count, ascending; `heads` and `width` say how large an indexer's scores
+        and a row of its keys are."""
         if self.rows_TK is not None:
-            yield from gather_tiles(self.rows_TK, self.k_RGP[0].numel() + width)
+            for part, rows_tK, missing_tK in gather_tiles(self.rows_TK[asked_A], self.k_RGP[0].numel() + width):
+                yield asked_A[part], rows_tK, missing_tK
             return
-        for s, rows, first in context_tiles(self.queries, max(heads, self.q_THP.shape[1])):
-            stop = first + rows.stop - rows.start
-            hidden_tN = future(first, stop - first, stop, self.q_THP.device)
-            yield rows, slice(self.starts[s], self.starts[s] + stop), hidden_tN
+        most = TILE_SCORES // max(heads, self.q_THP.shape[1])
+        for s, (row, count, first) in enumerate(self.queries):
+            own_t = asked_A[(asked_A >= row) & (asked_A < row + count)]
+            for asked_t in own_t.split(max(1, most // (first + count))) if len(own_t) else ():
+                position_t = asked_t + (first - row)
+                seen = int(position_t[-1]) + 1
+                hidden_tN = torch.arange(seen, device=asked_t.device) > position_t[:, None]
+                yield asked_t, slice(self.starts[s], self.starts[s] + seen), hidden_tN
 
 
 @index_divergence.add("tiled", differentiable=True)
@@ -95,7 +104,11 @@ def _index_divergence_tiled(
     scale: float,
     selection_TK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Targets and scores live for one tile; a tile's gradient is known as soon as both are, so there is one pass."""
+    """Targets and scores live for one tile; a tile's gradient is known as soon as both are, so there is one pass.
+
+    ReLU(q.k) is q.(gate k), gate = [q.k > 0]: with G = sum_n d_score(n) gate(n) k(n), the gradient of a head's weight
+    is q.G, and that of its query is weight * G.
+    """
     rows_TK = None if selection_TK is None else packed_rows(selection_TK, keys, queries)
     starts = keys.contexts.starts
     target = _Target(q_THP.detach(), rows_of(keys).detach(), starts, queries, scale, rows_TK)
@@ -116,19 +129,21 @@ class _Divergence(torch.autograd.Function):
         q_TIJ, weights_TI, k_RJ = (x.to(widest) for x in learned)
         d_q_TIJ, d_weights_TI, d_k_RJ = (torch.zeros_like(x) for x in (q_TIJ, weights_TI, k_RJ))
         divergence_T = weights_TI.new_zeros(len(q_TIJ))
-        for rows, places, hidden_tN in target.tiles(*q_TIJ.shape[1:]):
-            k_NJ, q_tIJ, weights_tI = k_RJ[places], q_TIJ[rows], weights_TI[rows]
-            p_tN = attention_shares(target.q_THP[rows], target.k_RGP[places], target.scale, hidden_tN).to(widest)
+        for rows_t, places, hidden_tN in target.tiles(token_weights_T.nonzero()[:, 0], *q_TIJ.shape[1:]):
+            k_NJ, q_tIJ, weights_tI = k_RJ[places], q_TIJ[rows_t], weights_TI[rows_t]
+            p_tN = attention_shares(target.q_THP[rows_t], target.k_RGP[places], target.scale, hidden_tN).to(widest)
             products_tIN = (q_tIJ @ k_NJ.mT).relu_()
-            scores_tN = (weights_tI[:, None] @ products_tIN)[:, 0]
-            divergence_T[rows], d_scores_tN = _compare(p_tN, scores_tN, hidden_tN, token_weights_T[rows])
-            d_weights_TI[rows] = (products_tIN @ d_scores_tN[..., None])[..., 0]
-            d_products_tIN = (products_tIN > 0) * weights_tI[..., None] * d_scores_tN[:, None]
-            d_q_TIJ[rows] = d_products_tIN @ k_NJ
+            scores_tN = _weighed(weights_tI, products_tIN)
+            divergence_T[rows_t], d_scores_tN = _compare(p_tN, scores_tN, hidden_tN, token_weights_T[rows_t])
+            gated_tIN = products_tIN.sign_().mul_(d_scores_tN[:, None])
+            sums_tIJ = gated_tIN @ k_NJ
+            d_weights_TI[rows_t] = (q_tIJ * sums_tIJ).sum(-1)
+            d_q_TIJ[rows_t] = weights_tI[..., None] * sums_tIJ
+            weighed_tIJ = weights_tI[..., None] * q_tIJ
             if isinstance(places, slice):
-                d_k_RJ[places] += d_products_tIN.flatten(0, 1).T @ q_tIJ.flatten(0, 1)
+                d_k_RJ[places] += gated_tIN.flatten(0, 1).T @ weighed_tIJ.flatten(0, 1)
             else:
-                d_k_RJ.index_add_(0, places.flatten(), (d_products_tIN.mT @ q_tIJ).flatten(0, 1))
+                d_k_RJ.index_add_(0, places.flatten(), (gated_tIN.mT @ weighed_tIJ).flatten(0, 1))
         gradients = (d_q_TIJ, d_weights_TI, d_k_RJ)
         ctx.save_for_backward(*(d.to(x.dtype) for d, x in zip(gradients, learned, strict=True)))
         ctx.mark_non_differentiable(divergence_T)
@@ -147,13 +162,13 @@ def attention_shares(q_tHP: Tensor, k_NGP: Tensor, scale: float, hidden_tN: Tens
     not seen. A query that sees nothing has NaN.
     """
     count, groups = len(q_tHP), k_NGP.shape[-2]
-    q_tGhP = widened(q_tHP).unflatten(1, (groups, -1))
+    q_tGhP = (widened(q_tHP) * scale).unflatten(1, (groups, -1))
     if k_NGP.dim() == 4:
         logits_GhtN = (q_tGhP @ widened(k_NGP).permute(0, 2, 3, 1)).permute(1, 2, 0, 3)
     else:
         q_GXP = q_tGhP.permute(1, 2, 0, 3).flatten(1, 2)
         logits_GhtN = (q_GXP @ widened(k_NGP).permute(1, 2, 0)).unflatten(1, (-1, count))
-    return (logits_GhtN * scale).masked_fill_(hidden_tN, float("-inf")).softmax(-1).mean((0, 1))
+    return logits_GhtN.masked_fill_(hidden_tN, float("-inf")).softmax(-1).mean((0, 1))
 
 
 def future(first: int, count: int, keys: int, device: torch.device) -> Tensor:
@@ -168,6 +183,14 @@ def context_tiles(queries: Queries, heads: int) -> Iterator[tuple[int, slice, in
         tile = max(1, TILE_SCORES // (heads * max(1, first + count)))
         for lower in range(0, count, tile):
             yield s, slice(row + lower, row + min(lower + tile, count)), first + lower
+
+
+def _weighed(weights_tI: Tensor, products_tIN: Tensor) -> Tensor:
+    """The sum over heads, [t, N]: one row at a time stays in the cache (a batched product of single rows does not)."""
+    scores_tN = weights_tI[:, :1] * products_tIN[:, 0]
+    for i in range(1, weights_tI.shape[1]):
+        scores_tN.addcmul_(weights_tI[:, i : i + 1], products_tIN[:, i])
+    return scores_tN
 
 
 def _compare(p_tN: Tensor, scores_tN: Tensor, hidden_tN: Tensor, token_weights_t: Tensor) -> tuple[Tensor, Tensor]:

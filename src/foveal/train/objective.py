@@ -69,7 +69,7 @@ class Objective:
         packed = Batch.packed([ids.to(device) for ids in batch.sequences], collect=collect, dense=kind.dense)
         own, rows_t = self._parallel.share(packed)
         indexed = kind.index and self._decoder.config.index_topk is not None
-        watch = IndexLoss(torch.full((len(own.ids_T),), 1 / tokens, device=device)) if indexed else None
+        watch = IndexLoss(compared(own.ids_T, stage.index_share) / tokens) if indexed else None
         x_TD, collected = self._decoder.trunk(own, watch=watch)
         losses: dict[str, Tensor] = {}
         if self._learns_base:
@@ -124,6 +124,14 @@ def target_weights(batch: TrainingBatch) -> list[Tensor]:
     """For each sequence, float32: how much its token t counts in telling token t + 1; the last one counts nothing."""
     weights = batch.loss_weights or [torch.ones(len(ids)) for ids in batch.sequences]
     return [pad(weights_N[1:], (0, 1)) for weights_N in weights]
+
+
+def compared(ids_T: Tensor, share: float) -> Tensor:
+    """How much each token's selection counts in the indexers' loss, float32 [T]: 0 but for a random `share` of them,
+    which count the more, so that the mean stays. The same ids give the same draw: a run that is resumed repeats it."""
+    dice = torch.Generator().manual_seed(int(ids_T.sum()))
+    drawn_T = torch.rand(len(ids_T), generator=dice) < share
+    return drawn_T.to(ids_T.device, torch.float32) / share
 
 
 def _teacher(name: str | None, decoder: Decoder) -> Decoder:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from foveal.train.data.settings import DataSettings
+from foveal.train.data.settings import DataSettings, TokenizerSettings
 from foveal.train.optim import Schedule
 from foveal.train.recipe import key
 from foveal.train.stages import KINDS, Kind
@@ -57,6 +57,7 @@ class StageSettings:
     context: int = key("tokens of a row: the longest dependency that can be learned", at_least=2)
     tokens_per_step: int = key("tokens of one update; a multiple of context", at_least=2)
     micro_tokens: int | None = key("tokens computed at a time; a multiple of context (none: context)", None, at_least=2)
+    sources: tuple[str, ...] = key("names of the sources of data that it reads (none: all)", ())
     learns: Literal["all", "indexer"] | None = key("which parameters learn (none: what the kind says)", None)
     optimizer: Literal["adamw", "muon"] = key("muon: for matrices, with adamw for the rest", "adamw")
     learning_rate: float = key("the highest", 1e-3, above=0)
@@ -69,6 +70,12 @@ class StageSettings:
     beta2: float = key("adamw's memory of squared gradients", 0.95, at_least=0, below=1)
     clip: float = key("largest norm of the gradient; 0: no limit", 1.0, at_least=0)
     index_weight: float = key("factor of the indexers' loss", 1.0, at_least=0)
+    index_share: float = key(
+        "share of the tokens whose selections are compared with attention, drawn anew for each row",
+        1.0,
+        above=0,
+        at_most=1,
+    )
     balance_rate: float = key("step of the routers' biases towards even use", 1e-3, at_least=0)
     balance_weight: float = key("factor of the sequence-wise balance loss", 1e-4, at_least=0)
     z_weight: float = key("factor of the routers' z-loss", 0.0, at_least=0)
@@ -126,3 +133,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("no [[stages]]")
+        known = self.data.names
+        if unknown := {name for stage in self.stages for name in stage.sources} - set(known):
+            raise ValueError(f"stages.sources: {', '.join(sorted(unknown))} is none of {', '.join(known)}")
+        tokenizer, start = self.data.tokenizer, self.model.start
+        if start is not None and tokenizer.model is None and tokenizer != TokenizerSettings():
+            raise ValueError(
+                f"data.tokenizer says how to train one, but {start} has its own; another's is taken with tokenizer.model"
+            )

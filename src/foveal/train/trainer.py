@@ -55,7 +55,7 @@ class Trainer:
         """`parallel`: the processes that share the run (see `join`); None: this one alone."""
         self.recipe, self.run, self.parallel = recipe, recipe.run, parallel or Parallel()
         with self.parallel.leader_first():
-            self.tokenizer = open_tokenizer(recipe.data, data_cache(recipe.data))
+            self.tokenizer = open_tokenizer(recipe.data, data_cache(recipe.data), recipe.model.start)
             self.corpus = Corpus.build(recipe.data, self.tokenizer)
         self.model: TrainedModel = begin(recipe.model, self.run.seed)
         self._check_vocabulary()
@@ -123,6 +123,7 @@ class Trainer:
             seed=self.run.seed + progress.stage,
             rank=parallel.data_rank,
             ranks=parallel.data_ranks,
+            sources=stage.sources or None,
         )
         if progress.feed is not None:
             feed.load_state_dict(progress.feed)

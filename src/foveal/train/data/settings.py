@@ -18,7 +18,11 @@ Task = Literal[
 class TokenizerSettings:
     """A tokenizer: an existing one, or one to train on the text sources."""
 
-    model: str | None = key("take the tokenizer of this model or directory, instead of training one", None)
+    model: str | None = key(
+        "take the tokenizer of this model or directory (none: that of the model that the run starts from; train one "
+        "for random weights)",
+        None,
+    )
     vocab_size: int = key("tokens to train, special ones and all 256 bytes included", 6144, at_least=257)
     special_tokens: tuple[str, ...] = key(
         "tokens that text never merges into; the first one ends documents", (END_OF_TEXT, "<|im_start|>", "<|im_end|>")

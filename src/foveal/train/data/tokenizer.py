@@ -18,14 +18,15 @@ _VERSION = 1
 """Counts changes of how tokenizers are trained: cached ones of other versions are not used."""
 
 
-def open_tokenizer(settings: DataSettings, cache: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer that the settings ask for; a trained one is kept in `cache` and trained once.
+def open_tokenizer(settings: DataSettings, cache: Path, start: str | None = None) -> "PreTrainedTokenizerBase":
+    """The tokenizer that the settings ask for; else that of the model `start`; with neither, one is trained, once, and
+    kept in `cache`.
 
     Raises ValueError where there is nothing to train on, or no such model.
     """
     wanted = settings.tokenizer
-    if wanted.model is not None:
-        return load_tokenizer(wanted.model)
+    if (given := wanted.model or start) is not None:
+        return load_tokenizer(given)
     if not settings.text:
         raise ValueError("there is no text to train a tokenizer on: name one with tokenizer.model")
     sources = [(source, find_files(source.files)) for source in settings.text]
