@@ -14,7 +14,7 @@ from foveal import load_model
 from foveal.config import read_config
 from foveal.config.indexers import with_indexers
 from foveal.models import Decoder
-from foveal.models.adapter import AdapterConfig, fingerprint, save_adapter
+from foveal.models.adapter import AdapterConfig, fingerprint, indexer_tensors, save_adapter
 
 _TEXT = "The quick brown fox jumps over the lazy dog. It was a dark and stormy night; the rain fell. " * 20
 
@@ -130,7 +130,9 @@ def adapter(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
     folder = tmp_path_factory.mktemp("adapter") / "indexers"
     base = fingerprint(load_model(tiny_model))
-    save_adapter(decoder, AdapterConfig("tiny", base, heads=16, head_dim=8, topk=24, rope_dim=4), folder)
+    save_adapter(
+        indexer_tensors(decoder), AdapterConfig("tiny", base, heads=16, head_dim=8, topk=24, rope_dim=4), folder
+    )
     return str(folder)
 
 

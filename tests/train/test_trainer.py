@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import make_oracle
+from safetensors import safe_open
 from tiny import stage
 
 from foveal import LLM, SamplingParams
@@ -141,6 +142,15 @@ def test_an_adapter(recipe: Make, base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="attends to windows"):
         make_oracle("mistral", other, vocab_size=320)
         load_model(other, adapter=adapter)
+
+
+def test_stored_in_bfloat16(recipe: Make) -> None:
+    """A result twice as large as asked for, or one that is then computed in bfloat16; norms that were rounded."""
+    (written,) = Trainer(recipe(stage("pretrain", 1), stored_dtype="bfloat16")).train()
+    with safe_open(written / "model.safetensors", "pt") as file:
+        dtypes = {name: (file.get_tensor(name).dim(), file.get_tensor(name).dtype) for name in file.keys()}  # noqa: SIM118
+    assert all(dtype == (torch.bfloat16 if dim > 1 else torch.float32) for dim, dtype in dtypes.values())
+    assert load_model(written).options.dtype == torch.float32
 
 
 def test_merged_into_deepseek_v32(recipe: Make, tmp_path: Path) -> None:

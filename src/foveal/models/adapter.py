@@ -36,11 +36,11 @@ class AdapterConfig:
     rope_dim: int | None
 
 
-def save_adapter(decoder: Decoder, config: AdapterConfig, directory: Path) -> None:
-    """Write the decoder's indexers, and nothing else of it, all or nothing."""
+def save_adapter(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, directory: Path) -> None:
+    """Write a decoder's `indexer_tensors`, all or nothing."""
     with replacing(directory) as new:
         write_json(new / CONFIG, {"format": _FORMAT, "version": _VERSION, **asdict(config)})
-        save_tensors(indexer_tensors(decoder), new / WEIGHTS)
+        save_tensors(tensors, new / WEIGHTS)
 
 
 def indexer_tensors(decoder: Decoder) -> dict[str, torch.Tensor]:

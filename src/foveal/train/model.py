@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from foveal.config import ModelConfig, read_config
 from foveal.config.indexers import with_indexers
@@ -19,7 +20,7 @@ from foveal.models.resolve import resolve_model
 from foveal.models.save import save_model
 from foveal.models.weights import check, fill
 from foveal.train.initial import initialise, initialise_indexers
-from foveal.train.schema import ModelSettings
+from foveal.train.schema import ModelSettings, RunSettings
 
 
 @dataclass
@@ -46,12 +47,13 @@ class TrainedModel:
         # Indexers that the base has itself are a part of it.
         return merge or base_learned or self.added is None
 
-    def save(self, output: Path, tokenizer: Path, *, base_learned: bool, merge: bool) -> list[Path]:
+    def save(self, run: RunSettings, tokenizer: Path, *, base_learned: bool, merge: bool) -> list[Path]:
         """Write what was learned: model/ where the base's weights or its own indexers changed or `merge` is asked
         for, and adapter/ for indexers that the base does not have. Returns what was written; OSError where that
         fails."""
-        written = []
-        tensors = checkpoint_tensors(self.decoder)
+        output, written = run.output, []
+        tensors = _stored(checkpoint_tensors(self.decoder), run.stored_dtype)
+        indexers = indexer_tensors(self.decoder)
         if self._writes_model(base_learned, merge):
             assert self.raw_config is not None
             # Of the base's stored weights, not of those written.
@@ -60,12 +62,12 @@ class TrainedModel:
             if self.added is not None and merge:
                 config = merged_config(config, self.decoder.config, self.added)
             elif self.added is not None:
-                indexers = indexer_tensors(self.decoder)
                 kept = {name: tensor for name, tensor in tensors.items() if name not in indexers}
             save_model(kept, config, self.decoder.options.dtype, output / "model", tokenizer)
             written.append(output / "model")
         if self.added is not None and not merge:
-            save_adapter(self.decoder, self._adapter(self.added, output, base_learned), output / "adapter")
+            adapter = {name: tensors[name] for name in indexers}
+            save_adapter(adapter, self._adapter(self.added, output, base_learned), output / "adapter")
             written.append(output / "adapter")
         return written
 
@@ -78,6 +80,13 @@ class TrainedModel:
             topk=indexer.topk,
             rope_dim=indexer.rope.dim,
         )
+
+
+def _stored(tensors: Mapping[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
+    """As they are written: matrices in the dtype that is asked for. What is small stays, and so does a fingerprint."""
+    if dtype is None:
+        return dict(tensors)
+    return {name: x.to(getattr(torch, dtype)) if x.dim() > 1 else x for name, x in tensors.items()}
 
 
 def begin(settings: ModelSettings, seed: int) -> TrainedModel:

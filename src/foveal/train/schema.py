@@ -108,6 +108,9 @@ class RunSettings:
     evaluate_tokens: int = key("held-out tokens of an evaluation; 0: none", 65536, at_least=0)
     passkey_lengths: tuple[int, ...] = key("lengths, in tokens, of passkey tasks at each evaluation", (), at_least=1)
     sample: str | None = key("a prompt to continue at each evaluation", None)
+    stored_dtype: Literal["float32", "bfloat16"] | None = key(
+        "of the matrices of the result (none: the model's own, which config.json names in any case)", None
+    )
     tensorboard: bool = key("write TensorBoard logs as well (extra train)", False)
 
 
@@ -139,5 +142,5 @@ class Recipe:
         tokenizer, start = self.data.tokenizer, self.model.start
         if start is not None and tokenizer.model is None and tokenizer != TokenizerSettings():
             raise ValueError(
-                f"data.tokenizer says how to train one, but {start} has its own; another's is taken with tokenizer.model"
+                f"data.tokenizer says how to train one, but {start} has its own (tokenizer.model takes another's)"
             )

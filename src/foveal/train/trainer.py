@@ -101,7 +101,7 @@ class Trainer:
         tokenizer = self.run.output / "tokenizer"
         self.tokenizer.save_pretrained(tokenizer)
         model = replace(self.model, decoder=whole)
-        return model.save(self.run.output, tokenizer, base_learned=self.progress.base_learned, merge=merge)
+        return model.save(self.run, tokenizer, base_learned=self.progress.base_learned, merge=merge)
 
     def _report(self, updates: int, done: int) -> Quiet:
         if not self.parallel.leads:
