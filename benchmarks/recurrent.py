@@ -160,7 +160,8 @@ def measure(name: str, lengths: Sequence[int], ceilings: Ceilings, repetitions: 
         for inputs in layers:
             case.operation(*inputs, queries, version=version)
 
-    versions = ["torch", case.operation.chosen()]
+    plain = "loop" if "loop" in case.operation.versions else "torch"  # which of them is quicker without gradients
+    versions = [plain, case.operation.chosen()]
     torch_ms, compiled_ms = (
         spent / len(layers) for spent in medians([partial(run, version) for version in versions], repetitions)
     )
