@@ -197,7 +197,7 @@ def plot(rows: Sequence[Row], file: Path) -> None:
         axes.set(xscale="log", xlabel="time / bound", title=f"{threads} thread{'s' if threads > 1 else ''}")
         axes.set_yticks(places, [f"{row.operation}, {row.what}" for row in shown])
     panels[0][0].legend()
-    figure.suptitle("Recurrences of one layer on a CPU, against the larger of the bounds of memory and arithmetic")
+    figure.suptitle("Recurrences of one layer on a CPU: how far from the bound")
     figure.savefig(file)
 
 

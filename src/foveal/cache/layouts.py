@@ -72,7 +72,7 @@ class StateLayout:
         self.states = [_allocate((slots, *shape), dtype, device) for shape, dtype in states]
 
     def read(self, slots: Sequence[int], fresh: Sequence[bool]) -> list[Tensor]:
-        """The states in some slots, [S, ...] each; zeros where fresh. They may be the slots themselves: they are not to be
+        """The states in some slots, [S, ...] each; zeros where fresh. They may be the slots themselves: not to be
         changed, nor read after the next `write`."""
         if not any(fresh):
             return [take_rows(state, self._rows(slots)) for state in self.states]
