@@ -18,7 +18,7 @@ from foveal.train.data.rows import Ids, Row
 from foveal.train.data.settings import RetrievalSettings
 from foveal.train.data.tokenizer import Encoder
 
-VERSION = 3
+VERSION = 4
 """Counts changes of the documents made: streams of other versions are not continued."""
 
 
@@ -190,7 +190,7 @@ class RetrievalRows:
 
     def _copy(self, dice: Random, length: int) -> _Snippet:
         """A passage that comes a second time: told from its fifth token on."""
-        size = dice.randrange(8, max(9, min(length // 4, 512)))
+        size = dice.randrange(8, max(9, min(length * 2 // 5, 512)))
         ids = self._hay(dice, size)
         if dice.random() < 0.5:
             ids = self._encoder.snippet(" ".join(["", *dice.choices(NOUNS, k=size)]))[0][:size]
