@@ -149,13 +149,14 @@ def medians(functions: Sequence[Callable[[], Any]], repetitions: int) -> list[fl
     return [statistics.median(times[1:]) for times in spent]
 
 
-def peak_gflops(threads: int) -> float:
-    """Multiply-adds on registers, in 10^9 floating-point operations a second: of bf16 where the machine has them."""
+def peak_gflops(threads: int, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Multiply-adds on registers, in 10^9 floating-point operations a second: of bf16 where the machine has them, or of
+    float32."""
     run = instruction_sets()[-1].run.multiply_registers
     best = 0.0
     for _ in range(5):
         start = time.thread_time()
-        macs = run(FORMATS[torch.bfloat16], 2_000_000)
+        macs = run(FORMATS[dtype], 2_000_000)
         best = max(best, 2 * macs / (time.thread_time() - start) / 1e9)
     return best * threads
 

@@ -34,6 +34,8 @@ void add_instruction_set(nb::module_& parent, Isa isa, const char* name) {
   nb::module_ module = parent.def_submodule(name);
   bind_activation(module, isa);
   bind_block(module, isa);
+  bind_conv(module, isa);
+  bind_delta(module, isa);
   bind_experts(module, isa);
   bind_flash(module, isa);
   bind_latent(module, isa);
@@ -42,6 +44,7 @@ void add_instruction_set(nb::module_& parent, Isa isa, const char* name) {
   bind_peak(module, isa);
   bind_quantise(module, isa);
   bind_rope(module, isa);
+  bind_scan(module, isa);
   bind_select(module, isa);
   bind_sparse(module, isa);
 }

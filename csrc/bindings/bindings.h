@@ -31,6 +31,8 @@ T* writing(Address address) {
 void bind_activation(nb::module_& module, Isa isa);
 void bind_block(nb::module_& module, Isa isa);
 void bind_block_types(nb::module_& module);  // once, for all instruction sets
+void bind_conv(nb::module_& module, Isa isa);
+void bind_delta(nb::module_& module, Isa isa);
 void bind_experts(nb::module_& module, Isa isa);
 void bind_flash(nb::module_& module, Isa isa);
 void bind_latent(nb::module_& module, Isa isa);
@@ -39,6 +41,7 @@ void bind_norm(nb::module_& module, Isa isa);
 void bind_peak(nb::module_& module, Isa isa);
 void bind_quantise(nb::module_& module, Isa isa);
 void bind_rope(nb::module_& module, Isa isa);
+void bind_scan(nb::module_& module, Isa isa);
 void bind_select(nb::module_& module, Isa isa);
 void bind_sparse(nb::module_& module, Isa isa);
 

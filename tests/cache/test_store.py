@@ -1,4 +1,4 @@
-"""What the cache costs: the plan's figures against the tensors that are really allocated."""
+"""What the cache costs: the plan's figures against the tensors that are really allocated; copies and states by slot."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import torch
 import transformers
 from oracle import FAMILIES
 
+from foveal.cache.layouts import StateLayout
 from foveal.cache.store import CacheStore, plan_cache
 from foveal.config import read_config
 from foveal.config.formats import index_key_bytes, latent_bytes
@@ -118,3 +119,23 @@ def test_copies(name: str) -> None:
     store.copy_pages([(1, 3)])
     store.copy_slots([(1, 3)])
     assert all(torch.equal(tensor[1], tensor[3]) and not torch.equal(tensor[1], tensor[2]) for tensor in tensors)
+
+
+@pytest.mark.parametrize("slots", [(2,), (1, 2, 3), (3, 1), (1, 3)], ids=str)
+@pytest.mark.parametrize("fresh", [False, True])
+def test_states_by_slot(slots: tuple[int, ...], fresh: bool) -> None:
+    """Slots that do not lie in order, states of a neighbour, or a store that changes where a sequence begins."""
+    layout = StateLayout(5, [((2, 3), torch.float32), ((4,), torch.bfloat16)], "cpu")
+    for state in layout.states:
+        state.copy_(torch.randn(state.shape))
+    before = [state.clone() for state in layout.states]
+    starts = (*(False for _ in slots[1:]), fresh)
+    for read, stored in zip(layout.read(slots, starts), before, strict=True):
+        assert torch.equal(read[:-1], stored[list(slots[:-1])])
+        assert torch.equal(read[-1], torch.zeros_like(read[-1]) if fresh else stored[slots[-1]])
+    assert all(map(torch.equal, layout.states, before))
+    new = [torch.randn(len(slots), *state.shape[1:]) for state in before]
+    layout.write(slots, new)
+    for state, stored, written in zip(layout.states, before, new, strict=True):
+        stored[list(slots)] = written.to(stored.dtype)
+        assert torch.equal(state, stored)

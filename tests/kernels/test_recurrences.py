@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from packing import make_queries
 from torch import Tensor
 
-from foveal.kernels import causal_conv, delta, delta_rule, linear_attention, s4d, selective_scan, ssd
+from foveal.kernels import causal_conv, delta, delta_rule, linear_attention, s4d, scan, selective_scan, ssd
 from foveal.kernels.rounds import in_rounds
 
 LENGTHS = [[1], [1, 1, 1], [5, 1, 9, 9], [70, 7, 64]]
@@ -141,6 +142,20 @@ def test_s4d_is_the_published_convolution() -> None:
     agree([found], [kernel])
 
 
+@pytest.mark.parametrize("size", [2, 3, 13, 64])
+def test_scans_in_chunks_of_any_size(size: int) -> None:
+    """Pieces that do not divide a chunk; a state that does not reach the next chunk, or its gradient the one before."""
+    torch.manual_seed(0)
+    lengths = [17, 1, 30]
+    u, dt, a, b, c, state = inputs = [x.requires_grad_() for x in scan_inputs(sum(lengths), len(lengths))]
+    queries = make_queries(lengths, lengths)
+    found = in_rounds(partial(scan._chunk, a), (dt * u, dt, b, c), state, queries, size)
+    expected = selective_scan(*inputs, queries, version="reference")
+    agree(list(found), list(expected))
+    losses = [(out**2).sum() + (last**2).sum() for out, last in (found, expected)]
+    agree(*(list(torch.autograd.grad(loss, inputs)) for loss in losses))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_sequence_in_pieces(name: str) -> None:
     """A state that is not what the next piece, or the next token, begins with."""
@@ -158,13 +173,15 @@ def test_a_sequence_in_pieces(name: str) -> None:
     agree([torch.cat(outputs), state], [whole, last])
 
 
-@pytest.mark.parametrize("name", ["ssd", "gated linear attention", "gated delta rule", "kimi delta attention"])
+@pytest.mark.parametrize(
+    "name", ["selective scan", "ssd", "gated linear attention", "gated delta rule", "kimi delta attention"]
+)
 def test_strong_decays_in_float32(name: str) -> None:
     """Overflow of exp(-sum), or the small decays after a large one lost in the difference of sums."""
     torch.manual_seed(0)
     operation, make = CASES[name]
     inputs = [x.float() for x in make(100, 1)]
-    place = 1 if name == "ssd" else 3
+    place = 1 if name in ("selective scan", "ssd") else 3
     inputs[place][::7] *= 300
     queries = make_queries([100], [100])
     for found, expected in zip(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foveal.config.formats import PAGE_SIZE, index_key_bytes, latent_bytes
 from foveal.kernels import Rows
-from foveal.kernels.keys import Records
+from foveal.kernels.keys import Records, take_rows
 from foveal.kernels.records import IndexKeyRecords, LatentRecords
 
 
@@ -72,20 +72,28 @@ class StateLayout:
         self.states = [_allocate((slots, *shape), dtype, device) for shape, dtype in states]
 
     def read(self, slots: Sequence[int], fresh: Sequence[bool]) -> list[Tensor]:
-        """Copies of the states in some slots, [S, ...] each; zeros where fresh."""
-        slot_S = torch.tensor(slots, device=self.states[0].device)
-        read = [state[slot_S] for state in self.states]
-        if any(fresh):
-            fresh_S = torch.tensor(fresh, device=slot_S.device)
-            for state in read:
-                state[fresh_S] = 0
+        """The states in some slots, [S, ...] each; zeros where fresh. They may be the slots themselves: not to be
+        changed, nor read after the next `write`."""
+        if not any(fresh):
+            return [take_rows(state, self._rows(slots)) for state in self.states]
+        read = [state[list(slots)] for state in self.states]
+        fresh_S = torch.tensor(fresh, device=read[0].device)
+        for state in read:
+            state[fresh_S] = 0
         return read
 
     def write(self, slots: Sequence[int], states: Sequence[Tensor]) -> None:
         """Store states, [S, ...] each, in some slots."""
-        slot_S = torch.tensor(slots, device=self.states[0].device)
+        rows = self._rows(slots)
         for stored, state in zip(self.states, states, strict=True):
-            stored[slot_S] = state.to(stored.dtype)
+            stored[rows] = state.to(stored.dtype)
+
+    def _rows(self, slots: Sequence[int]) -> Tensor | slice:
+        """Slots that follow one another are read in place and written in one go."""
+        first, stop = slots[0], slots[0] + len(slots)
+        if list(slots) == list(range(first, stop)):
+            return slice(first, stop)
+        return torch.tensor(slots, device=self.states[0].device)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,21 @@
 """Recurrences over tokens: Mamba's causal convolution and selective scan, packed, each sequence from its own state."""
 
+import math
+from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv1d
+from torch.nn.functional import conv1d, pad
 
 from foveal.kernels.dispatch import operation
 from foveal.kernels.keys import Queries
+from foveal.kernels.rounds import in_rounds
+
+# States of a chunk, [S, N, X, Y]: more leave the cache, fewer are not worth the calls.
+CHUNK_NUMBERS = 1 << 21
+LEAST_CHUNK, MOST_CHUNK = 16, 1024
 
 
 @operation(differentiable=True)
@@ -31,10 +39,44 @@ def selective_scan(
 
 
 @selective_scan.add("torch", differentiable=True)
+def _scan_in_chunks(
+    u_TX: Tensor, dt_TX: Tensor, a_XY: Tensor, b_TY: Tensor, c_TY: Tensor, state_SXY: Tensor, queries: Queries
+) -> tuple[Tensor, Tensor]:
+    size = min(max(CHUNK_NUMBERS // max(state_SXY.numel(), 1), LEAST_CHUNK), MOST_CHUNK)
+    return in_rounds(partial(_chunk, a_XY), (dt_TX * u_TX, dt_TX, b_TY, c_TY), state_SXY, queries, size)
+
+
+def _chunk(a_XY: Tensor, inputs: Sequence[Tensor], state_SXY: Tensor) -> tuple[Tensor, Tensor]:
+    """N tokens of S sequences at a time, dt u, dt, B and C [S, N, ...], in about 2 sqrt(N) steps: K pieces of M tokens
+    go side by side, each from a state of zeros; then what each began with is added, decayed by exp(A times the sum of
+    dt since then). Nothing is divided by a decay, so none can vanish."""
+    count = inputs[0].shape[1]
+    length = math.ceil(math.sqrt(count))
+    pieces = -(-count // length)
+    input_SKMX, dt_SKMX, b_SKMY, c_SKMY = (
+        pad(x, (0, 0, 0, pieces * length - count)).unflatten(1, (pieces, length)) for x in inputs
+    )
+    decay_SKMXY = torch.exp(dt_SKMX[..., None] * a_XY)
+    new_SKMXY = input_SKMX[..., None] * b_SKMY[..., None, :]
+    h_SKXY = torch.zeros_like(new_SKMXY[:, :, 0])
+    from_zeros, beginnings = [], []
+    for decay_SKXY, new_SKXY in zip(decay_SKMXY.unbind(2), new_SKMXY.unbind(2), strict=True):
+        h_SKXY = torch.addcmul(new_SKXY, decay_SKXY, h_SKXY)
+        from_zeros.append(h_SKXY)
+    since_SKMXY = torch.exp(dt_SKMX.cumsum(2)[..., None] * a_XY)
+    for end_SXY, decay_SXY in zip(h_SKXY.unbind(1), since_SKMXY[:, :, -1].unbind(1), strict=True):
+        beginnings.append(state_SXY)
+        state_SXY = torch.addcmul(end_SXY, decay_SXY, state_SXY)
+    h_SKMXY = torch.addcmul(torch.stack(from_zeros, 2), since_SKMXY, torch.stack(beginnings, 1)[:, :, None])
+    y_SKMX = (h_SKMXY @ c_SKMY[..., None])[..., 0]
+    return y_SKMX.flatten(1, 2)[:, :count], state_SXY
+
+
+@selective_scan.add("loop", differentiable=False, devices=("cpu",))
 def _scan_side_by_side(
     u_TX: Tensor, dt_TX: Tensor, a_XY: Tensor, b_TY: Tensor, c_TY: Tensor, state_SXY: Tensor, queries: Queries
 ) -> tuple[Tensor, Tensor]:
-    """Sequences side by side, token by token: a decode step is one round whatever the number of sequences."""
+    """Sequences side by side, token by token: the fewest passes over memory; gradients would cost it dear."""
     lengths = queries.lengths
     longest_first = sorted(range(len(lengths)), key=lambda s: -lengths[s])
     first_S = torch.tensor([queries.offsets[s] for s in longest_first], device=u_TX.device)

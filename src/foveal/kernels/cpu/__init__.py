@@ -3,6 +3,32 @@
 Importing this room registers them as further versions of the operations, one for each instruction set.
 """
 
-from foveal.kernels.cpu import activation, attention, experts, linear, norm, quantise, rope, selection, sparse
+from foveal.kernels.cpu import (
+    activation,
+    attention,
+    conv,
+    delta,
+    experts,
+    linear,
+    norm,
+    quantise,
+    rope,
+    scan,
+    selection,
+    sparse,
+)
 
-__all__ = ["activation", "attention", "experts", "linear", "norm", "quantise", "rope", "selection", "sparse"]
+__all__ = [
+    "activation",
+    "attention",
+    "conv",
+    "delta",
+    "experts",
+    "linear",
+    "norm",
+    "quantise",
+    "rope",
+    "scan",
+    "selection",
+    "sparse",
+]
