@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -98,9 +99,12 @@ def peer(command: Sequence[str], port: int) -> Iterator[str]:
 
 
 def _answers(url: str) -> bool:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # this machine is not behind its own proxy
     try:
-        with urllib.request.urlopen(f"{url}/v1/models", timeout=5):
+        with direct.open(f"{url}/v1/models", timeout=5):
             return True
+    except urllib.error.HTTPError:  # as transformers says where there is no cache of the Hub
+        return True
     except OSError:
         return False
 
@@ -152,6 +156,7 @@ def main() -> None:
             with server as url:
                 for clients in arguments.clients:
                     rows.append((side, clients, measure(arguments.guidellm, url, model, tokenizer, load, clients)))
+                    print(*rows[-1], file=sys.stderr)
     print(", ".join(f"{key} {value}" for key, value in circumstances().items()), f"cores {os.cpu_count()}")
     print(f"prompts of {load.prompt_tokens} tokens, answers of {load.output_tokens}")
     print_table(

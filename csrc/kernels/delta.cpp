@@ -165,7 +165,10 @@ void run_block(const LinearAttention& call, const Block& block, char* memory) {
   float* held = Scratch::take<float>(memory, keys * width);
   // Whole registers are read from where the state was and written to where it shall be by the first and the last token.
   const bool whole = block.count == width && begin != end;
-  if (!whole) copy_rows(call.state_in + first, values, held, width, keys, block.count);
+  if (!whole) {
+    if (block.count < width) std::memset(held, 0, keys * width * sizeof(float));  // what is beyond its columns is computed too
+    copy_rows(call.state_in + first, values, held, width, keys, block.count);
+  }
   for (int64_t t = begin; t < end; ++t) {
     read_factors(call, t, block.head, factors);
     Place<registers, false> place = {held, width, held, width};

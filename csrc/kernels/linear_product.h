@@ -8,37 +8,24 @@ namespace foveal::FOVEAL_ISA {
 constexpr int64_t STRIP_BYTES = 128 << 10;  // of weights that stay in L2 while several rows of activations meet them
 
 #if defined(FOVEAL_AVX512)
-template <int M>
-constexpr int ROWS_FOR = 4;
+template <class Kind, int M>
+constexpr int ROWS_FOR = M == 1 ? Kind::ROWS_ALONE : 4;
 #else
-template <int M>
-constexpr int ROWS_FOR = M <= 2 ? 4 : 2;
+template <class Kind, int M>
+constexpr int ROWS_FOR = M == 1 ? Kind::ROWS_ALONE : M == 2 ? 4 : 2;
 #endif
 
 template <class Kind>
 inline void weights_of_any(const Corner& at, int64_t count, int64_t rows) {
   switch (rows) {
     case 1:
-      return weights_of<Kind, ROWS_FOR<1>, 1>(at, count);
+      return weights_of<Kind, ROWS_FOR<Kind, 1>, 1>(at, count);
     case 2:
-      return weights_of<Kind, ROWS_FOR<2>, 2>(at, count);
+      return weights_of<Kind, ROWS_FOR<Kind, 2>, 2>(at, count);
     case 3:
-      return weights_of<Kind, ROWS_FOR<3>, 3>(at, count);
+      return weights_of<Kind, ROWS_FOR<Kind, 3>, 3>(at, count);
     default:
-      return weights_of<Kind, ROWS_FOR<4>, 4>(at, count);
-  }
-}
-
-inline int64_t row_bytes(const Weight& weight) {
-  switch (weight.coding) {
-    case Coding::f32:
-      return weight.inputs * 4;
-    case Coding::bf16:
-      return weight.inputs * 2;
-    case Coding::int8:
-      return weight.inputs;
-    default:
-      return weight.inputs / 2;
+      return weights_of<Kind, ROWS_FOR<Kind, 4>, 4>(at, count);
   }
 }
 
@@ -68,8 +55,7 @@ inline int64_t product_scratch(const Weight& weight, const Activations& a, int64
 // what stands between `count` and the next multiple is overwritten.
 inline void product(const Weight& weight, const Activations& a, int64_t row, int64_t rows, int64_t first, int64_t count,
                     float* c, int64_t c_stride, float* scratch) {
-  // The next few rows are fetched while these are read: processors foresee a long stream, but not where a row ends.
-  const Corner at{weight, a, first, row, c, c_stride, row_bytes(weight) * ROWS_AT_ONCE, scratch};
+  const Corner at{weight, a, first, row, c, c_stride, 0, scratch};
   Word* words = reinterpret_cast<Word*>(scratch);
   switch (weight.coding) {
     case Coding::f32:

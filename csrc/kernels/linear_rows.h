@@ -18,6 +18,7 @@ namespace foveal::FOVEAL_ISA {
 constexpr int BLOCK = 128;  // activations that share a scale
 constexpr int FEW = 8;      // rows of activations for which weights are streamed
 constexpr int ROWS_AT_ONCE = 4;
+constexpr int STREAM_AHEAD = 1024;  // bytes that are fetched before they are read, where rows follow one another
 
 FOVEAL_INLINE int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
@@ -184,6 +185,19 @@ struct Corner {
   float* scales;        // scratch of int4: [ROWS_AT_ONCE, groups]
 };
 
+inline int64_t row_bytes(const Weight& weight) {
+  switch (weight.coding) {
+    case Coding::f32:
+      return weight.inputs * 4;
+    case Coding::bf16:
+      return weight.inputs * 2;
+    case Coding::int8:
+      return weight.inputs;
+    default:
+      return weight.inputs / 2;
+  }
+}
+
 FOVEAL_INLINE void prefetch(const void* p, int64_t ahead) { __builtin_prefetch(static_cast<const char*>(p) + ahead); }
 
 // How f32 and bf16 weights are read: `step` of them at a time, against as many activations.
@@ -261,6 +275,31 @@ inline void dot_words(const Corner& at) {
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) at.c[m * at.c_stride + r] = sum(total[r][m]);
+}
+
+// One row of weights and one of activations: a single stream, which memory gives a third faster than four side by side.
+// Several sums, for an addition takes longer than the next weights need to come.
+template <class Weights>
+inline void dot_stream(const Corner& at) {
+  using Number = typename Weights::Number;
+  constexpr int SUMS = 4, LINE = 64 / sizeof(Number);
+  const int64_t inputs = at.weight.inputs;
+  const Number* w = static_cast<const Number*>(at.weight.values) + at.first * inputs;
+  const Word* x = at.a.words + at.row * at.a.words_stride;
+  F32 total[SUMS][1];
+  clear(total);
+  int64_t i = 0;
+  for (; i + SUMS * Weights::step <= inputs; i += SUMS * Weights::step) {
+#pragma GCC unroll 4
+    for (int k = 0; k < SUMS * Weights::step; k += LINE) prefetch(w + i + k, at.ahead);
+#pragma GCC unroll 4
+    for (int s = 0; s < SUMS; ++s, x += Weights::words)
+      total[s][0] = Weights::read(w + i + s * Weights::step).multiply_add(x, total[s][0]);
+  }
+  for (; i + Weights::step <= inputs; i += Weights::step, x += Weights::words)
+    total[0][0] = Weights::read(w + i).multiply_add(x, total[0][0]);
+  if (i < inputs) total[1][0] = Weights::read(w + i, static_cast<int>(inputs - i)).multiply_add(x, total[1][0]);
+  *at.c = sum((total[0][0] + total[1][0]) + (total[2][0] + total[3][0]));
 }
 
 // int8: a block is summed as integers.
@@ -397,15 +436,20 @@ inline void dot_int4(const Corner& at) {
     for (int m = 0; m < M; ++m) at.c[m * at.c_stride + r] = sum(total[r][m]);
 }
 
-// The dot products of each coding, under one name.
+// The dot products of each coding, under one name, and how many rows of weights a single row of activations meets at once.
 template <class Weights>
 struct Words {
+  static constexpr int ROWS_ALONE = 1;
   template <int R, int M>
   static FOVEAL_INLINE void dot(const Corner& at) {
-    dot_words<Weights, R, M>(at);
+    if constexpr (R == 1 && M == 1)
+      dot_stream<Weights>(at);
+    else
+      dot_words<Weights, R, M>(at);
   }
 };
 struct Int8s {
+  static constexpr int ROWS_ALONE = 1;
   template <int R, int M>
   static FOVEAL_INLINE void dot(const Corner& at) {
     dot_int8<R, M>(at);
@@ -413,15 +457,18 @@ struct Int8s {
 };
 template <int GROUP>
 struct Int4s {
+  static constexpr int ROWS_ALONE = ROWS_AT_ONCE;
   template <int R, int M>
   static FOVEAL_INLINE void dot(const Corner& at) {
     dot_int4<GROUP, R, M>(at);
   }
 };
 
-// M rows of activations and `count` of weights, R at once.
+// M rows of activations and `count` of weights, R at once. Rows side by side are fetched while those before them are read:
+// processors foresee a long stream, but not where a row ends.
 template <class Kind, int R, int M>
 void weights_of(Corner at, int64_t count) {
+  at.ahead = R == 1 ? STREAM_AHEAD : R * row_bytes(at.weight);
   for (; count >= R; count -= R, at.first += R, at.c += R) Kind::template dot<R, M>(at);
   for (; count > 0; --count, ++at.first, ++at.c) Kind::template dot<1, M>(at);
 }

@@ -158,6 +158,29 @@ def test_copies_come_in_the_order_of_what_they_read() -> None:
     assert manager.usage.snapshots == 0
 
 
+def test_who_is_turned_away_costs_no_snapshot() -> None:
+    """Guards against a request without room for its pages that takes the slot of the snapshot which it wants."""
+    manager = CacheManager(12, slots=3)
+    tokens = [*pages(1, 2), 0]
+    serve(manager, "a", tokens)
+    manager.free("a")
+    serve(manager, "b", [7])
+    before = manager.usage
+    assert before.snapshots == 1
+    assert manager.admit("c", tokens, pages=11) is None
+    assert manager.usage == before
+    assert manager.admit("c", tokens, pages=4) == 128
+
+
+def test_sequences_own_neighbouring_slots() -> None:
+    """Guards against snapshots in between, for states that follow one another are read without a copy."""
+    manager = CacheManager(100, slots=30)
+    for number in range(6):
+        serve(manager, str(number), [*pages(number, 8, 9), 0])
+    assert manager.usage.snapshots >= 6
+    assert sorted(manager.slot(str(number)) or 0 for number in range(6)) == [1, 2, 3, 4, 5, 6]
+
+
 def test_two_snapshots_of_one_step() -> None:
     """Guards against copies out of order, where the second sequence's state takes the place of the first one's."""
     manager = CacheManager(20, slots=4)

@@ -232,6 +232,23 @@ def test_a_failing_step_fails_only_its_requests() -> None:
     assert final["good"].error is None and final["good"].outputs[0].token_ids == expected(request("good", 20))
 
 
+def test_a_copy_that_fails_is_made_up_for() -> None:
+    """A snapshot that is known to the index but was never written: whoever goes on from it writes nonsense."""
+    world = make_world(slots=6)
+    copy, failures = world.store.copy_slots, [MemoryError("no room to copy")]
+
+    def failing(pairs: list[tuple[int, int]]) -> None:
+        if failures:
+            raise failures.pop()
+        copy(pairs)
+
+    world.store.copy_slots = failing  # type: ignore[method-assign]
+    first = world.run(request("a", 200))["a"]
+    assert first.error is not None and "no room to copy" in first.error
+    expected = make_world(slots=6).run(request("b", 200))["b"]
+    assert world.run(request("b", 200))["b"].outputs[0].token_ids == expected.outputs[0].token_ids
+
+
 def test_nan_logits_fail_their_request_alone() -> None:
     """Guards against tokens drawn from NaN, and against one bad sequence taking its batch with it."""
     world = make_world(model=FakeModel(nan_on=258))

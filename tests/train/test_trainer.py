@@ -149,8 +149,25 @@ def test_stored_in_bfloat16(recipe: Make) -> None:
     (written,) = Trainer(recipe(stage("pretrain", 1), stored_dtype="bfloat16")).train()
     with safe_open(written / "model.safetensors", "pt") as file:
         dtypes = {name: (file.get_tensor(name).dim(), file.get_tensor(name).dtype) for name in file.keys()}  # noqa: SIM118
-    assert all(dtype == (torch.bfloat16 if dim > 1 else torch.float32) for dim, dtype in dtypes.values())
+    exact = {name for name, (dim, dtype) in dtypes.items() if dim > 1 and dtype == torch.float32}
+    assert all(name.endswith(("indexer.weights_proj.weight", "mlp.gate.weight")) for name in exact)
+    assert {dtype for dim, dtype in dtypes.values() if dim == 1} == {torch.float32}
+    assert dtypes["model.embed_tokens.weight"] == (2, torch.bfloat16)
     assert load_model(written).options.dtype == torch.float32
+
+
+def test_what_a_narrow_model_keeps_in_float32_is_stored_so(recipe: Make, tmp_path: Path) -> None:
+    """Decays of a recurrent layer that are rounded because they happen to be a matrix."""
+    make_oracle("mamba", tmp_path / "mamba", vocab_size=320)
+    Trainer(recipe(stage("pretrain", 1))).tokenizer.save_pretrained(tmp_path / "mamba")
+    (written,) = Trainer(
+        recipe(stage("pretrain", 1), f'start = "{tmp_path / "mamba"}"', stored_dtype="bfloat16")
+    ).train()
+    with safe_open(written / "model.safetensors", "pt") as file:
+        dtypes = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+    decays = [name for name in dtypes if name.endswith("A_log")]
+    assert decays and all(dtypes[name] == torch.float32 for name in decays)
+    assert torch.bfloat16 in dtypes.values()
 
 
 def test_merged_into_deepseek_v32(recipe: Make, tmp_path: Path) -> None:

@@ -107,8 +107,11 @@ class CacheManager:
         """Whether `admit` may be called: there is a slot for another sequence, or none is needed."""
         return self._slots is None or self._slots.available > 0
 
-    def admit(self, key: Hashable, tokens: Sequence[int], salt: Hashable = None, *, reusable: bool = True) -> int:
-        """Begin a sequence; returns how many of its first tokens are already cached.
+    def admit(
+        self, key: Hashable, tokens: Sequence[int], salt: Hashable = None, *, reusable: bool = True, pages: int = 0
+    ) -> int | None:
+        """Begin a sequence; returns how many of its first tokens are already cached. None where the pool lacks what it
+        needs to hold `pages` at a time: then nothing has changed.
 
         These are whole pages, and at most len(tokens) - 1 tokens: the last token must be computed to know what follows.
         Sequences find each other's pages only under the same salt; reusable=False: this one finds none, and none finds
@@ -116,6 +119,8 @@ class CacheManager:
         """
         assert key not in self._sequences, f"sequence {key!r} is already there"
         if not (self._prefix_caching and reusable):
+            if pages > self._pool.available:
+                return None
             self._sequences[key] = _Sequence(table=[], node=None, computed=0, slot=self._take_slot(None))
             return 0
         root = self._index.root(salt)
@@ -125,12 +130,17 @@ class CacheManager:
         cached = len(hits) * PAGE_SIZE
         table = [node.page for node in hits]
         self._pool.share(table)
-        sequence = _Sequence(table, node, cached, self._take_slot(node), unseen=(len(tokens), cached))
+        sequence = _Sequence(table, node, cached, None, unseen=(len(tokens), cached))
+        self._slide(sequence)
+        held = table[sequence.released :]
+        if pages - len(held) > self._pool.available:
+            self._pool.release(reversed(held))
+            return None
+        sequence.slot = self._take_slot(node)  # the last thing: it may cost a snapshot
         if self._slots:
             sequence.known = len(tokens)
             sequence.wanted = snapshot_lengths(len(tokens), len(known) * PAGE_SIZE, cached)
         self._sequences[key] = sequence
-        self._slide(sequence)
         return cached
 
     def step_end(self, key: Hashable, end: int) -> int:
@@ -192,6 +202,11 @@ class CacheManager:
         from which sequences go on, and snapshots of those that steps have left in the sequences' slots."""
         copies, self._copies = self._copies, Copies([], [])
         return copies
+
+    def give_back(self, copies: Copies) -> None:
+        """What of `take_copies` was not done: it comes first the next time."""
+        self._copies.pages[:0] = copies.pages
+        self._copies.slots[:0] = copies.slots
 
     def free(self, key: Hashable) -> None:
         """End a sequence. Its full pages stay cached, the last one to be evicted first."""

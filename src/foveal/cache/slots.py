@@ -1,5 +1,6 @@
 """State slots: where recurrent layers keep one fixed-size state a sequence, and snapshots of such states."""
 
+from bisect import insort
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
 
@@ -19,7 +20,9 @@ class SlotPool:
 
     def __init__(self, slots: int) -> None:
         self._slots = slots
-        self._free = list(range(slots - 1, 0, -1))
+        self._free = list(range(1, slots))
+        """Ascending. Sequences get the lowest and snapshots the highest: slots that follow one another are read in
+        place."""
         self._kept = OrderedDict[int, PrefixNode]()
 
     @property
@@ -40,12 +43,12 @@ class SlotPool:
     def take(self) -> int:
         """A slot for a sequence; there must be one."""
         assert self.available, f"all {self.total} state slots are taken"
-        return self._free.pop() if self._free else self._evict(next(iter(self._kept)))
+        return self._free.pop(0) if self._free else self._evict_oldest()
 
     def release(self, slot: int) -> None:
         """Give a sequence's slot back."""
         assert 0 < slot < self._slots and slot not in self._free and slot not in self._kept, f"slot {slot} is not taken"
-        self._free.append(slot)
+        insort(self._free, slot)
 
     def keep(self, node: PrefixNode, instead_of: PrefixNode | None = None) -> int | None:
         """A slot for a snapshot of the state after `node`; its caller fills it. That of `instead_of`, where it still
@@ -53,8 +56,10 @@ class SlotPool:
         assert not node.state, f"slot {node.state} keeps that state already"
         if instead_of is not None and instead_of.state:
             slot = self._evict(instead_of.state)
-        elif self.available:
-            slot = self.take()
+        elif self._free:
+            slot = self._free.pop()
+        elif self._kept:
+            slot = self._evict_oldest()
         else:
             return None
         node.state = slot
@@ -72,6 +77,9 @@ class SlotPool:
         assert sorted([*self._free, *self._kept, *owned]) == list(range(1, self._slots)), (self._free, owned)
         for slot, node in self._kept.items():
             assert node.state == slot, f"slot {slot} keeps a state of which the index says {node.state}"
+
+    def _evict_oldest(self) -> int:
+        return self._evict(next(iter(self._kept)))
 
     def _evict(self, slot: int) -> int:
         self._kept.pop(slot).state = 0

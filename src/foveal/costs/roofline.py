@@ -88,7 +88,8 @@ def prefill_time(setup: Setup, tokens: int) -> StepTime:
 def largest_batch(setup: Setup, context: int) -> int:
     """Sequences of `context` tokens that fit beside the weights in MEMORY_SHARE of the memory; 0: not even one."""
     room = MEMORY_SHARE * setup.device.memory_bytes * setup.devices - weight_bytes(setup.config, setup.weight_dtype)
-    return max(0, int(room // setup.cache.sequence_bytes(context)))
+    # Beside each sequence's own state the engine keeps snapshots for those that begin alike.
+    return max(0, int(room // (setup.cache.sequence_bytes(context) + setup.cache.snapshot_bytes)))
 
 
 def fewest_devices(config: ModelConfig, weight_dtype: str, cache: CacheCost, device: Device, context: int) -> int:

@@ -90,11 +90,15 @@ class Runner:
         return StepLogits(output.logits_LV, rows, {rows[looked_at[row]][-1]: one for row, one in found.items()})
 
     def _copy(self) -> None:
+        """One after another: those that a failure leaves undone are done before the next step."""
         copies = self._manager.take_copies()
-        if copies.pages:
-            self._store.copy_pages(copies.pages)
-        if copies.slots:
-            self._store.copy_slots(copies.slots)
+        try:
+            for pairs, copy in ((copies.pages, self._store.copy_pages), (copies.slots, self._store.copy_slots)):
+                while pairs:
+                    copy(pairs[:1])
+                    del pairs[0]
+        finally:
+            self._manager.give_back(copies)
 
     def _batch(self, plan: Sequence[Chunk], counts: Sequence[int]) -> Batch:
         wanted = [row for end, count in zip(_ends(plan), counts, strict=True) for row in range(end - count, end)]

@@ -167,10 +167,11 @@ class Scheduler:
     def _admit(self, sequence: SequenceState) -> bool:
         """Give the sequence what the prefix cache has of it, if there is room for all its tokens."""
         request = sequence.request
-        cached = self._manager.admit(sequence.key, sequence.tokens, request.salt, reusable=request.reusable)
-        needed = self._most_pages(len(sequence.tokens)) - sum(page != 0 for page in self._manager.table(sequence.key))
-        if needed > self._manager.available:
-            self._manager.free(sequence.key)
+        pages = self._most_pages(len(sequence.tokens))
+        cached = self._manager.admit(
+            sequence.key, sequence.tokens, request.salt, reusable=request.reusable, pages=pages
+        )
+        if cached is None:
             return False
         sequence.computed = cached
         if request.cached_tokens is None:

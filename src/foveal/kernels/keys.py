@@ -66,7 +66,7 @@ class Queries:
     @property
     def single(self) -> bool:
         """Every sequence has one query (a decode step)."""
-        return self.offsets[-1] == len(self.positions)
+        return self.offsets == tuple(range(len(self.positions) + 1))
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class TrainedModel:
         for, and adapter/ for indexers that the base does not have. Returns what was written; OSError where that
         fails."""
         output, written = run.output, []
-        tensors = _stored(checkpoint_tensors(self.decoder), run.stored_dtype)
+        tensors = _stored(self.decoder, run.stored_dtype)
         indexers = indexer_tensors(self.decoder)
         if self._writes_model(base_learned, merge):
             assert self.raw_config is not None
@@ -82,11 +82,16 @@ class TrainedModel:
         )
 
 
-def _stored(tensors: Mapping[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
-    """As they are written: matrices in the dtype that is asked for. What is small stays, and so does a fingerprint."""
+def _stored(decoder: Decoder, dtype: str | None) -> dict[str, Tensor]:
+    """Every tensor as it is written: matrices in the dtype that is asked for, but for those that a model of that dtype
+    has in float32. What is small stays, and so does a fingerprint."""
+    tensors = checkpoint_tensors(decoder)
     if dtype is None:
-        return dict(tensors)
-    return {name: x.to(getattr(torch, dtype)) if x.dim() > 1 else x for name, x in tensors.items()}
+        return tensors
+    wanted: torch.dtype = getattr(torch, dtype)
+    with torch.device("meta"):
+        like = checkpoint_tensors(Decoder(decoder.config, Options(wanted)))
+    return {name: x.to(wanted) if x.dim() > 1 and like[name].dtype == wanted else x for name, x in tensors.items()}
 
 
 def begin(settings: ModelSettings, seed: int) -> TrainedModel:

@@ -71,7 +71,7 @@ class StageSettings:
     clip: float = key("largest norm of the gradient; 0: no limit", 1.0, at_least=0)
     index_weight: float = key("factor of the indexers' loss", 1.0, at_least=0)
     index_share: float = key(
-        "share of the tokens whose selections are compared with attention, drawn anew for each row",
+        "share of the tokens whose selections are compared with attention, drawn anew for each micro-batch",
         1.0,
         above=0,
         at_most=1,

@@ -87,6 +87,20 @@ def check(operation: Any, inputs: Inputs, lengths: list[int], isa: str, toleranc
         assert (result.double() - wanted).norm() <= tolerance * wanted.norm()
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_under_another_default_dtype(name: str) -> None:
+    """Results that are made for two bytes a number and written with four."""
+    operation, make = CASES[name]
+    inputs = make(5, 2, SIZES[0])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        results = operation(*inputs, make_queries([2, 3], [2, 3]), version=ISAS[-1])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(result.dtype == torch.float32 for result in results)
+    check(operation, inputs, [2, 3], ISAS[-1])
+
+
 @each_isa
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)

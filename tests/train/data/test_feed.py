@@ -110,7 +110,7 @@ def test_single_sources_can_be_fed(corpus: Corpus) -> None:
     firsts = [next(alone), next(alone)]
     assert alone.rows_given == {"b": 2}
     assert all(any(same([first], [TrainingBatch((row,))]) for row in mixed) for first in firsts)
-    with pytest.raises(ValueError, match="none of c has held-out documents"):
+    with pytest.raises(ValueError, match="source c has no held-out documents"):
         feed(corpus, sources=["c"], part="held_out")
 
 

@@ -79,7 +79,7 @@ def _run(
         beta_TH = by_token(beta_TH)
     beta_rows = (0, 0) if beta_TH is None else rows(beta_TH)
     state_SHPV = state_SHPV.contiguous()
-    o_THV, last_SHPV = torch.empty(v_THV.shape), torch.empty(state_SHPV.shape)
+    o_THV, last_SHPV = (torch.empty(like.shape, dtype=torch.float32) for like in (v_THV, state_SHPV))
     places = tuple(map(address, (state_SHPV, last_SHPV, o_THV)))
     sizes = (heads, groups, keys, values)
     spans = span_arguments(tokens, queries)

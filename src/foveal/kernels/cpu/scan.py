@@ -83,7 +83,7 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     """u, dt, B and C are `per_token`; sizes: heads, channels of a head, groups, states."""
     per_token, a, state = tuple(map(by_token, per_token)), a.contiguous(), state.contiguous()
-    y, last = torch.empty(per_token[0].shape), torch.empty(state.shape)
+    y, last = (torch.empty(like.shape, dtype=torch.float32) for like in (per_token[0], state))
     places = tuple(map(address, (a, state, last, y)))
     run(*map(rows, per_token), *places, sizes, *span_arguments(len(y), queries), torch.get_num_threads())
     return y, last

@@ -69,7 +69,8 @@ def divergence(
     scale: float,
     selection_TK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`index_divergence` over all earlier keys. Index keys' gradients are summed atomically: their last bits vary."""
+    """`index_divergence` over all earlier keys. Index keys' gradients are summed atomically: their last bits vary.
+    Tokens of weight 0 cost as much as others here."""
     from foveal.kernels.gpu.places import places
     from foveal.kernels.gpu.warmup import Gaze
 
@@ -103,8 +104,9 @@ class _Divergence(torch.autograd.Function):
         gradients = (result.d_q_TIJ, result.d_weights_TI, result.d_k_RJ)
         learned = (q_TIJ, weights_TI, k_RJ)
         ctx.save_for_backward(*(d.to(x.dtype) for d, x in zip(gradients, learned, strict=True)))
-        ctx.mark_non_differentiable(result.divergence_T)
-        return (result.divergence_T * token_weights_T).sum(), result.divergence_T
+        divergence_T = result.divergence_T.masked_fill(token_weights_T == 0, 0.0)
+        ctx.mark_non_differentiable(divergence_T)
+        return (divergence_T * token_weights_T).sum(), divergence_T
 
     @staticmethod
     @once_differentiable

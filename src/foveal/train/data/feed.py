@@ -68,9 +68,12 @@ class Feed:
         self._sources = corpus.open(part, context, seed)
         if sources is not None:
             self._sources = [source for source in self._sources if source.name in sources]
+        missing = set(sources or ()) - {source.name for source in self._sources}
+        kind = part.replace("_", "-")
+        if missing:
+            raise ValueError(f"source {', '.join(sorted(missing))} has no {kind} documents")
         if not self._sources:
-            wanted = "no source" if sources is None else f"none of {', '.join(sources)}"
-            raise ValueError(f"{wanted} has {part.replace('_', '-')} documents")
+            raise ValueError(f"no source has {kind} documents")
         self._rows = range(rows)[rows // ranks * rank : rows // ranks * (rank + 1)]
         self._rows_per_step = rows
         self._mixer = Mixer([source.weight for source in self._sources])
