@@ -1,10 +1,11 @@
 """Throughput, time to first token and time per token of servers of one model, at several numbers of clients.
 
-The load comes from guidellm, in a Python of its own; every server gets prompts of as many random words and writes as
-many tokens. Beside `foveal serve`: `transformers serve` and llama.cpp's server, each if its Python is named.
+The load comes from guidellm, in a Python of its own; every server gets the same prompts of random words, no two alike,
+and writes up to as many tokens. Beside `foveal serve`: `transformers serve` and llama.cpp's server (that of
+llama-cpp-python, which answers one request after another), each if its program is named.
 
     python -m venv load && load/bin/pip install guidellm
-    python -m venv peer && peer/bin/pip install 'transformers[serving]' torch
+    python -m venv peer && peer/bin/pip install 'transformers[serving]' accelerate torch
     python -m venv llama && llama/bin/pip install 'llama-cpp-python[server]'
     python benchmarks/serving.py --guidellm load/bin/guidellm --transformers peer/bin/transformers \\
         --llama-python llama/bin/python
@@ -13,6 +14,7 @@ many tokens. Beside `foveal serve`: `transformers serve` and llama.cpp's server,
 import argparse
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -59,14 +61,18 @@ def measure(guidellm: str, url: str, model: str, tokenizer: Path, load: Load, cl
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         count = clients * load.requests_per_client
+        prompts = Path(folder) / "prompts.jsonl"
+        prompts.write_text(
+            "".join(json.dumps({"prompt": text}) + "\n" for text in random_prompts(tokenizer, load, count))
+        )
         command = [guidellm, "run", "--disable-console"]
-        # Some servers know no request_format but this one.
-        command += ["--backend", f"kind=openai_http,target={url},model={model},request_format=/v1/chat/completions"]
+        # What every one of the servers understands: not all know ignore_eos, completions, or a route for their health.
+        backend = f"kind=openai_http,target={url},model={model},request_format=/v1/chat/completions"
+        command += ["--backend", f"{backend},validate_backend=false,extras.body.max_tokens={load.output_tokens}"]
         command += ["--profile", f"kind=concurrent,streams={clients}"]
         command += ["--constraint", f"kind=max_requests,count={count}"]
         command += ["--tokenizer", f"kind=hf_auto,model={tokenizer}"]
-        data = f"kind=synthetic_text,prompt_tokens={load.prompt_tokens},output_tokens={load.output_tokens}"
-        command += ["--data", data, "--output", f"kind=json,path={report}"]
+        command += ["--data", f"kind=json_file,path={prompts}", "--output", f"kind=json,path={report}"]
         subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
         (benchmark,) = json.loads(report.read_text())["benchmarks"]
     metrics: dict[str, Any] = benchmark["metrics"]
@@ -80,6 +86,15 @@ def measure(guidellm: str, url: str, model: str, tokenizer: Path, load: Load, cl
         per_token_milliseconds=successful("inter_token_latency_ms", "median"),
         failed=len(benchmark["requests"]["errored"]),
     )
+
+
+def random_prompts(tokenizer: Path, load: Load, count: int) -> list[str]:
+    """Words that follow each other by chance, about so many tokens each; the same for every server."""
+    known = load_tokenizer(tokenizer)
+    words = sorted(word for word in known.get_vocab() if word.isascii() and word.isalpha() and len(word) > 2)
+    draw = random.Random(f"{count} prompts")
+    made = (draw.choices(words, k=load.prompt_tokens) for _ in range(count))
+    return [known.decode(known.encode(" ".join(some))[: load.prompt_tokens]) for some in made]
 
 
 @contextmanager
