@@ -290,7 +290,11 @@ FOVEAL_INLINE F32 load(const e4m3* p) {
 
 // What follows is the same for all.
 
+constexpr float LOG2E = 1.44269504f;
+
 FOVEAL_INLINE F32 zero() { return set1(0.0f); }
+
+FOVEAL_INLINE int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
 // The first n lanes of other formats, by way of a small buffer.
 template <class Number>
@@ -298,6 +302,12 @@ FOVEAL_INLINE F32 load_partial(const Number* p, int n) {
   Number buffer[F32::width] = {};
   std::memcpy(buffer, p, n * sizeof(Number));
   return load(buffer);
+}
+// A register of n numbers or more, which may be none: what is beyond them is 0, and not read.
+template <class Number>
+FOVEAL_INLINE F32 load_up_to(const Number* p, int64_t n) {
+  if (n >= F32::width) return load(p);
+  return n > 0 ? load_partial(p, static_cast<int>(n)) : zero();
 }
 FOVEAL_INLINE void store_partial(bf16* p, F32 x, int n) {
   bf16 buffer[F32::width];
@@ -308,7 +318,7 @@ FOVEAL_INLINE void store_partial(bf16* p, F32 x, int n) {
 // e^x for x <= 88, relative error below 3e-7 (Cephes' polynomial); exactly 0 below -87, so -inf gives 0.
 FOVEAL_INLINE F32 exp(F32 x) {
   const F32 clamped = min(max(x, set1(-87.0f)), set1(88.0f));
-  const F32 n = round(clamped * set1(1.44269504f));
+  const F32 n = round(clamped * set1(LOG2E));
   F32 r = fma(n, set1(-0.693359375f), clamped);
   r = fma(n, set1(2.12194440e-4f), r);
   F32 p = set1(1.9875691500e-4f);

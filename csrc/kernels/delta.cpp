@@ -13,12 +13,9 @@
 namespace foveal::FOVEAL_ISA {
 namespace {
 
-constexpr float LOG2_E = 1.44269504f;
 constexpr int MOST_REGISTERS = 4;     // of a block's columns
 constexpr int64_t AHEAD = 8;          // rows that are asked for before they are read
 constexpr int64_t NUMBERS = 1 << 15;  // updates of one number; fewer are not worth waking a second thread
-
-int64_t in_registers(int64_t numbers) { return (numbers + F32::width - 1) / F32::width * F32::width; }
 
 // Some columns of one head's state of one sequence.
 struct Block {
@@ -31,27 +28,23 @@ struct Factors {
   float *decayed_key, *decayed_query;     // [keys]: exp(g) k, exp(g) q
   float product;                          // k . q
 
-  static int64_t space(int64_t keys) { return 5 * Scratch::space<float>(in_registers(keys)); }
+  static int64_t space(int64_t keys) { return 5 * Scratch::space<float>(round_up(keys, F32::width)); }
   Factors(char*& memory, int64_t keys)
-      : decay(Scratch::take<float>(memory, in_registers(keys))),
-        key(Scratch::take<float>(memory, in_registers(keys))),
-        query(Scratch::take<float>(memory, in_registers(keys))),
-        decayed_key(Scratch::take<float>(memory, in_registers(keys))),
-        decayed_query(Scratch::take<float>(memory, in_registers(keys))) {}
+      : decay(Scratch::take<float>(memory, round_up(keys, F32::width))),
+        key(Scratch::take<float>(memory, round_up(keys, F32::width))),
+        query(Scratch::take<float>(memory, round_up(keys, F32::width))),
+        decayed_key(Scratch::take<float>(memory, round_up(keys, F32::width))),
+        decayed_query(Scratch::take<float>(memory, round_up(keys, F32::width))) {}
 };
-
-FOVEAL_INLINE F32 load_up_to(const float* p, int64_t count) {
-  return count >= F32::width ? load(p) : load_partial(p, static_cast<int>(count));
-}
 
 void read_factors(const LinearAttention& call, int64_t token, int64_t head, Factors& factors) {
   const int64_t keys = call.keys, group = head / (call.heads / call.groups);
   const float *k = call.k.of(token) + group * keys, *q = call.q.of(token) + group * keys;
   const float* g = call.decay.of(token) + head * (call.decay_by_key ? keys : 1);
-  F32 decay = exp2(set1(*g * LOG2_E)), product = zero();
+  F32 decay = exp2(set1(*g * LOG2E)), product = zero();
   for (int64_t i = 0; i < keys; i += F32::width) {
     const F32 key = load_up_to(k + i, keys - i), query = load_up_to(q + i, keys - i);
-    if (call.decay_by_key) decay = exp2(load_up_to(g + i, keys - i) * set1(LOG2_E));
+    if (call.decay_by_key) decay = exp2(load_up_to(g + i, keys - i) * set1(LOG2E));
     store(factors.decay + i, decay);
     store(factors.key + i, key);
     store(factors.query + i, query);

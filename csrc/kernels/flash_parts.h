@@ -8,12 +8,11 @@
 
 namespace foveal::FOVEAL_ISA {
 
-constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
+constexpr float LN2 = 0.693147181f;
 constexpr float NOTHING = -__builtin_inff();
 
 FOVEAL_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 FOVEAL_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-FOVEAL_INLINE int64_t rounded_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // What one query sees: positions [0, sinks) and [start, stop), sinks <= start <= stop.
 struct Visible {

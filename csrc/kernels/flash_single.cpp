@@ -187,7 +187,7 @@ void add_strip(const Flash& flash, int64_t s, const Visible& seen, int64_t i, in
     run = run_length(sequences, s, seen, i + done, count - done);
     score_run<Number>(flash, strip, sequences.row(s, seen.position(i + done)), run, strip.scores + done);
   }
-  const int64_t padded = rounded_up(count, F32::width);
+  const int64_t padded = round_up(count, F32::width);
   for (int h = 0; h < flash.heads; ++h) {
     float* scores = strip.scores + h * SCORE_STRIDE;
     for (int64_t j = count; j < padded; ++j) scores[j] = NOTHING;
@@ -200,8 +200,8 @@ void add_strip(const Flash& flash, int64_t s, const Visible& seen, int64_t i, in
   }
 }
 
-int64_t q_size(const Flash& flash) { return rounded_up(flash.key_dim, PAIR); }
-int64_t sums_size(const Flash& flash) { return rounded_up(flash.value_dim, PAIR); }
+int64_t q_size(const Flash& flash) { return round_up(flash.key_dim, PAIR); }
+int64_t sums_size(const Flash& flash) { return round_up(flash.value_dim, PAIR); }
 
 template <class Number>
 void load_query(const Flash& flash, int64_t s, const Strip& strip) {

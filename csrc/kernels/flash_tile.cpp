@@ -122,7 +122,7 @@ struct Tile {
     const bool in_gap = start >= first.sinks && start < first.start;
     const int begin = in_gap ? static_cast<int>(smaller(first.start - start, count)) / PANEL * PANEL : 0;
     if (stop <= begin) return;
-    const int end = static_cast<int>(rounded_up(stop, PANEL));
+    const int end = static_cast<int>(round_up(stop, PANEL));
     multiply<Dot>(rows, (end - begin) / PANEL, q_words, q + row * q_words, q_words,
                   keys + static_cast<int64_t>(begin) * q_words, scores + begin, TILE_KEYS, false);
     const bool edges = end != stop || last.start > start + begin || first.stop < start + stop;

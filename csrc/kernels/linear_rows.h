@@ -20,8 +20,6 @@ constexpr int FEW = 8;      // rows of activations for which weights are streame
 constexpr int ROWS_AT_ONCE = 4;
 constexpr int STREAM_AHEAD = 1024;  // bytes that are fetched before they are read, where rows follow one another
 
-FOVEAL_INLINE int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
-
 // bf16 pairs are multiplied as such where the machine can, otherwise they are split into even and odd numbers.
 #if defined(FOVEAL_BF16)
 constexpr bool PAIRS = true;
@@ -74,12 +72,6 @@ FOVEAL_INLINE void place(Activations& a, char* memory, int64_t rows) {
   a.fixed = reinterpret_cast<int16_t*>(take(rows * a.padded * 2));
   a.scales = reinterpret_cast<float*>(take(rows * a.blocks * 4));
   a.sums = reinterpret_cast<float*>(take(rows * a.groups * 4));
-}
-
-template <class Number>
-FOVEAL_INLINE F32 load_up_to(const Number* p, int64_t n) {
-  if (n >= F32::width) return load(p);
-  return n > 0 ? load_partial(p, static_cast<int>(n)) : zero();
 }
 
 // One block in fixed point; returns its scale. What is not finite makes the scale NaN, and so every product.

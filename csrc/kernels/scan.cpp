@@ -10,21 +10,18 @@
 namespace foveal::FOVEAL_ISA {
 namespace {
 
-constexpr float LOG2_E = 1.44269504f;
 constexpr int64_t BLOCK_NUMBERS = 2048;  // of a block's states: with A as much again, half of level-one cache
 constexpr int64_t MOST_CHANNELS = 512;   // of a block
 constexpr int64_t NUMBERS = 1 << 15;     // updates of one number; fewer are not worth waking a second thread
 
-int64_t in_registers(int64_t numbers) { return (numbers + F32::width - 1) / F32::width * F32::width; }
-
 // Rows of `size` numbers spread to rows of whole registers, and back.
 void pad(const float* from, int64_t rows, int64_t size, float* to) {
-  const int64_t padded = in_registers(size);
+  const int64_t padded = round_up(size, F32::width);
   std::memset(to, 0, rows * padded * sizeof(float));
   for (int64_t row = 0; row < rows; ++row) std::memcpy(to + row * padded, from + row * size, size * sizeof(float));
 }
 void unpad(const float* from, int64_t rows, int64_t size, float* to) {
-  const int64_t padded = in_registers(size);
+  const int64_t padded = round_up(size, F32::width);
   for (int64_t row = 0; row < rows; ++row) std::memcpy(to + row * size, from + row * padded, size * sizeof(float));
 }
 
@@ -101,10 +98,10 @@ void read_inputs(const float* u, const float* dt, int64_t count, const Share& sh
   int64_t i = 0;
   for (; i + F32::width <= count; i += F32::width) {
     const F32 step = load(dt + i);
-    store(share.rate + i, step * set1(LOG2_E));
+    store(share.rate + i, step * set1(LOG2E));
     store(share.input + i, step * load(u + i));
   }
-  for (; i < count; ++i) share.rate[i] = dt[i] * LOG2_E, share.input[i] = dt[i] * u[i];
+  for (; i < count; ++i) share.rate[i] = dt[i] * LOG2E, share.input[i] = dt[i] * u[i];
 }
 
 // The same where the head has one dt.
@@ -116,7 +113,7 @@ void read_inputs(const float* u, float dt, int64_t count, const Share& share) {
 
 template <bool by_state, int fixed>
 void scan_block(const Scan& scan, const Block& block, const Share& share) {
-  const int64_t states = scan.states, padded = in_registers(states), channels = scan.heads * scan.channels;
+  const int64_t states = scan.states, padded = round_up(states, F32::width), channels = scan.heads * scan.channels;
   const int64_t begin = scan.sequences.offsets[block.sequence], end = scan.sequences.offsets[block.sequence + 1];
   const int64_t channel = block.head * scan.channels + block.first;
   const int64_t group = block.head / (scan.heads / scan.groups);
@@ -145,7 +142,7 @@ void scan_block(const Scan& scan, const Block& block, const Share& share) {
       read_inputs(u, dt, block.count, share);
     } else {
       read_inputs(u, *dt, block.count, share);
-      token.decay = exp2(set1(*dt * scan.a[block.head] * LOG2_E));
+      token.decay = exp2(set1(*dt * scan.a[block.head] * LOG2E));
     }
     if (padded != states) {
       pad(token.b, 1, states, share.b), pad(token.c, 1, states, share.c);
@@ -164,7 +161,7 @@ void scan_block(const Scan& scan, const Block& block, const Share& share) {
 template <bool by_state>
 void run(const Scan& scan) {
   constexpr int USUAL_STATES = by_state ? 16 : 128;  // of released models
-  const int64_t padded = in_registers(scan.states);
+  const int64_t padded = round_up(scan.states, F32::width);
   int64_t most = BLOCK_NUMBERS * (by_state ? 1 : 2) / padded / 4 * 4;  // channels of a block
   most = most < 4 ? 4 : most > MOST_CHANNELS ? MOST_CHANNELS : most;
   const int64_t blocks = (scan.channels + most - 1) / most, of_sequence = scan.heads * blocks;

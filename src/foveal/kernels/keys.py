@@ -63,7 +63,7 @@ class Queries:
     def _copies(self) -> dict[tuple[str, torch.device], Tensor]:
         return {}
 
-    @property
+    @cached_property
     def single(self) -> bool:
         """Every sequence has one query (a decode step)."""
         return self.offsets == tuple(range(len(self.positions) + 1))

@@ -45,7 +45,12 @@ def save_adapter(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, dir
 
 def indexer_tensors(decoder: Decoder) -> dict[str, torch.Tensor]:
     """The part of `checkpoint_tensors` that an adapter holds."""
-    return {name: view for name, view in checkpoint_tensors(decoder).items() if ".indexer." in name}
+    return {name: view for name, view in checkpoint_tensors(decoder).items() if is_indexer(name)}
+
+
+def is_indexer(name: str) -> bool:
+    """Whether an adapter holds the tensor of this checkpoint name."""
+    return ".indexer." in name
 
 
 def read_adapter(directory: Path) -> AdapterConfig:

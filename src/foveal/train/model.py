@@ -12,7 +12,7 @@ from torch import Tensor
 from foveal.config import ModelConfig, read_config
 from foveal.config.indexers import with_indexers
 from foveal.config.model import IndexerConfig, MLAConfig
-from foveal.models.adapter import AdapterConfig, check_base, fingerprint, indexer_tensors, save_adapter
+from foveal.models.adapter import AdapterConfig, check_base, fingerprint, indexer_tensors, is_indexer, save_adapter
 from foveal.models.decoder import Decoder, Options
 from foveal.models.load import open_checkpoint
 from foveal.models.names import checkpoint_tensors
@@ -53,7 +53,6 @@ class TrainedModel:
         fails."""
         output, written = run.output, []
         tensors = _stored(self.decoder, run.stored_dtype)
-        indexers = indexer_tensors(self.decoder)
         if self._writes_model(base_learned, merge):
             assert self.raw_config is not None
             # Of the base's stored weights, not of those written.
@@ -62,12 +61,12 @@ class TrainedModel:
             if self.added is not None and merge:
                 config = merged_config(config, self.decoder.config, self.added)
             elif self.added is not None:
-                kept = {name: tensor for name, tensor in tensors.items() if name not in indexers}
+                kept = {name: tensor for name, tensor in tensors.items() if not is_indexer(name)}
             save_model(kept, config, self.decoder.options.dtype, output / "model", tokenizer)
             written.append(output / "model")
         if self.added is not None and not merge:
-            adapter = {name: tensors[name] for name in indexers}
-            save_adapter(adapter, self._adapter(self.added, output, base_learned), output / "adapter")
+            indexers = {name: tensor for name, tensor in tensors.items() if is_indexer(name)}
+            save_adapter(indexers, self._adapter(self.added, output, base_learned), output / "adapter")
             written.append(output / "adapter")
         return written
 
