@@ -58,6 +58,27 @@ def wait_until(true: Callable[[], bool]) -> None:
 
 
 @contextmanager
+def every_token_seen(server: Server) -> Iterator[None]:
+    """Steps wait until their outputs so far have been taken by whoever streams them; else a slow reader skips some."""
+    worker, step = server.service.worker, server.llm.engine.step
+
+    async def taken() -> None:
+        while any(job._news for job, _ in worker._jobs.values()):
+            await asyncio.sleep(0.001)
+
+    def patient() -> Any:
+        assert worker._loop is not None
+        asyncio.run_coroutine_threadsafe(taken(), worker._loop).result(_PATIENCE)
+        return step()
+
+    server.llm.engine.step = patient  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        server.llm.engine.step = step  # type: ignore[method-assign]
+
+
+@contextmanager
 def serving(llm: LLM, **settings: Any) -> Iterator[Server]:
     """Serve `llm` until the block ends."""
     service = Service(llm, Settings(**{"model_name": MODEL} | settings))
