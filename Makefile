@@ -9,11 +9,12 @@ EXTRAS_lint := [lint]
 # Types and style need no compiled kernels.
 FLAGS_lint := -C wheel.cmake=false
 
-.PHONY: help demo test lint format emulated clean
+.PHONY: help demo demo-smollm2 test lint format emulated clean
 .SECONDARY:
 
 help:
-	@echo "make demo    install into $(VENV) and let SmolLM2-135M answer a question"
+	@echo "make demo    install into $(VENV), and let the model inside the package write and find a passkey"
+	@echo "make demo-smollm2  the same for SmolLM2-135M, which is downloaded: it answers a question"
 	@echo "make test    install and run the tests"
 	@echo "make lint    install and run ruff, mypy and import-linter"
 	@echo "make format  let ruff format and fix the sources"
@@ -21,6 +22,10 @@ help:
 	@echo "make clean   remove $(VENV) and what tools left behind"
 
 demo: $(VENV)/.installed-demo
+	$(BIN)/foveal generate "The old man said" --max-tokens 80 --temperature 0.8 --top-p 0.9 --seed 1
+	$(BIN)/foveal eval builtin --tasks passkey --lengths 4096 --limit 1 --forced --select dense,indexer,recency
+
+demo-smollm2: $(VENV)/.installed-demo
 	$(BIN)/foveal generate smollm2 "What is the capital of France?" --chat --max-tokens 64
 
 test: $(VENV)/.installed-test

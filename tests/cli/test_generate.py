@@ -96,3 +96,16 @@ def test_quantization(run: Any, tiny_model: str) -> None:
     assert ended == (2, "", "foveal: quantization must be one of int8, int4, not 'int2'\n")
     ended = run("generate", tiny_model, _PROMPT, *_LENGTH, "--quantization", "int4")
     assert ended.code == 2 and "mlp.down_proj: int4 in groups of 32" in ended.err and ended.err.count("\n") == 1
+
+
+def test_which_word_is_what(run: Any, tiny_model: str, expected: str, tmp_path: Path) -> None:
+    """A prompt taken for a model, a model for a prompt."""
+    file = tmp_path / "prompt.txt"
+    file.write_text(_PROMPT)
+    assert run("generate", "--file", str(file), tiny_model, *_LENGTH).out == expected + "\n"
+    for words in ([], [tiny_model, _PROMPT, "more"], [tiny_model, _PROMPT, "--file", str(file)]):
+        ended = run("generate", *words)
+        assert ended.code == 2 and "exactly one of PROMPT and --file" in ended.err
+    for lone in (tiny_model, "smollm2", "owner/name"):
+        ended = run("generate", lone)
+        assert ended.code == 2 and "names a model, and there is no text" in ended.err

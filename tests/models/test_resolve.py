@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 
 from foveal.models import resolve
-from foveal.models.resolve import cache_dir, resolve_model
+from foveal.models.resolve import cache_dir, names_a_model, resolve_adapter, resolve_model
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -197,3 +197,27 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_dir() == Path("/elsewhere/foveal")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_dir() == Path.home() / ".cache" / "foveal"
+
+
+def test_aliases_are_never_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the default model against a folder of that name where the command happens to run."""
+    monkeypatch.chdir(tmp_path)
+    model_directory(tmp_path / "builtin")
+    (tmp_path / "smollm2-indexers").mkdir()
+    shipped = Path(resolve.__file__).parents[1] / "shipped"
+    assert resolve_model("builtin") == shipped / "builtin"
+    assert resolve_model("./builtin") == Path("builtin")
+    assert resolve_adapter("smollm2-indexers") == shipped / "smollm2-indexers"
+    assert resolve_adapter(tmp_path / "smollm2-indexers") == tmp_path / "smollm2-indexers"
+    with pytest.raises(ValueError, match="no adapter 'nowhere'"):
+        resolve_adapter("nowhere")
+
+
+def test_any_text_may_be_a_prompt(tmp_path: Path) -> None:
+    """Guards prompts against being read as paths: too long ones, ~nobody, zero bytes."""
+    (tmp_path / "a.gguf").touch()
+    files = (str(model_directory(tmp_path / "model")), str(tmp_path / "a.gguf"))
+    for name in ("builtin", "smollm2", "owner/name", *files):
+        assert names_a_model(name)
+    for text in ("word " * 2000, "~nobody-here", "a\0b", "", "missing.gguf", str(tmp_path), "he or/and she", "../x"):
+        assert not names_a_model(text)

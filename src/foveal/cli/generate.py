@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: options.Model,
-    prompt: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="The text to continue; - reads standard input.")
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL] PROMPT",
+            help=f"MODEL: {options.MODEL} Left out: builtin. PROMPT: the text to continue; - reads standard input.",
+        ),
     ] = None,
     file: Annotated[Path | None, typer.Option(help="Read the prompt from this file instead.")] = None,
     chat: Annotated[
@@ -38,8 +41,11 @@ def generate(
     quantization: options.Quantization = None,
     adapter: options.Adapter = None,
 ) -> None:
-    """Write what MODEL makes of PROMPT, token by token."""
-    text = _prompt_text(prompt, file)
+    """Write what MODEL makes of PROMPT, token by token.
+
+    `foveal generate "The old man said"` takes the model that comes with foveal.
+    """
+    model, text = _model_and_prompt(words or [], file)
     from foveal import SamplingParams
 
     params = SamplingParams(
@@ -69,12 +75,21 @@ def generate(
         session.write(stream)
 
 
-def _prompt_text(prompt: str | None, file: Path | None) -> str:
-    if (prompt is None) == (file is None):
-        raise typer.BadParameter("give exactly one of PROMPT and --file", param_hint="PROMPT")
+def _model_and_prompt(words: list[str], file: Path | None) -> tuple[str, str]:
+    """A lone word is a prompt for the model inside the package, or a model's name where a file has the prompt."""
+    from foveal.models.resolve import BUILTIN, names_a_model
+
+    models = words if file is not None else words[:-1]
+    if len(models) > 1 or (file is None and not words):
+        raise typer.BadParameter("give one MODEL at most, and exactly one of PROMPT and --file", param_hint="PROMPT")
+    model = models[0] if models else BUILTIN
     if file is not None:
-        return file.read_text(encoding="utf-8")
-    return sys.stdin.read() if prompt == "-" else str(prompt)
+        return model, file.read_text(encoding="utf-8")
+    prompt = words[-1]
+    if not models and names_a_model(prompt):
+        hint = f"to continue these words themselves: foveal generate {BUILTIN} {prompt}"
+        raise typer.BadParameter(f"{prompt} names a model, and there is no text; {hint}", param_hint="PROMPT")
+    return model, sys.stdin.read() if prompt == "-" else prompt
 
 
 def _measured(prompt: str, stream: Iterator["RequestOutput"]) -> dict[str, Any]:

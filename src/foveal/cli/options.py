@@ -1,6 +1,5 @@
 """Arguments and options that several commands share."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -8,9 +7,8 @@ import typer
 _SAMPLING = "Sampling"
 _PRECISION = "Precision"
 
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A directory, a .gguf file, a Hub id, or an alias such as smollm2.")
-]
+MODEL = "A directory, a .gguf file, a Hub id, or an alias: builtin, smollm2."
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Stop after this many tokens.", rich_help_panel=_SAMPLING)]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.", rich_help_panel=_SAMPLING)]
 TopP = Annotated[
@@ -40,7 +38,11 @@ Quantization = Annotated[
     typer.Option(help="Round the weights to int8 or int4 while they are loaded.", rich_help_panel=_PRECISION),
 ]
 Adapter = Annotated[
-    Path | None,
-    typer.Option(help="Indexers for a dense model: the folder that foveal train wrote.", show_default=False),
+    str | None,
+    typer.Option(
+        help="Indexers for a dense model: the folder that foveal train wrote, or smollm2-indexers.",
+        metavar="FOLDER",
+        show_default=False,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

