@@ -12,8 +12,8 @@ from foveal.cache.manager import CacheManager
 from foveal.cache.store import CacheStore, plan_cache
 from foveal.config import ModelConfig, read_config
 from foveal.config.released import released
+from foveal.config.streaming import with_streaming
 from foveal.costs.cache_bytes import CacheCost, CacheDtypes, cache_cost, cache_dtypes
-from foveal.costs.variants import apply_variant
 
 MLA = [name for name in FAMILIES if name.startswith(("deepseek", "glm"))]
 
@@ -64,13 +64,14 @@ def test_released_models(name: str) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 1, 63, 64, 65, 100, 4096])
+@pytest.mark.parametrize("sinks", [0, 4, 64, 70])
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 128, 200, 1000])
-def test_pages_that_a_sequence_holds(tokens: int, window: int | None) -> None:
-    """An off-by-one in the last page or in what a window lets go of."""
+def test_pages_that_a_sequence_holds(tokens: int, sinks: int, window: int | None) -> None:
+    """An off-by-one in the last page, in what a window lets go of, or in what sinks keep."""
     config = read_config(released("llama-3-70b"))
     if window is not None:
-        config = apply_variant(config, f"window:{window}")
-    manager = CacheManager(40, prefix_caching=False, window=window)
+        config = with_streaming(config, sinks, window)
+    manager = CacheManager(40, prefix_caching=False, window=window, sinks=sinks)
     ids = list(range(tokens))
     manager.admit("a", ids)
     assert manager.reserve("a", tokens)

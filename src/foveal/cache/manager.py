@@ -50,7 +50,7 @@ class _Sequence:
     computed: int
     slot: int | None
     released: int = 0
-    """Leading pages that the window has left behind."""
+    """Leading pages that the window has left behind; of these only the sinks' are still there."""
     unseen: tuple[int, int] = (0, 0)
     """Prefix query tokens and hit tokens that the first commit will count."""
     known: int = 0
@@ -69,12 +69,22 @@ class _Sequence:
         return len(self.table) * PAGE_SIZE - self.computed
 
 
+def most_pages(length: int, step: int, window: int | None, sinks: int = 0) -> int:
+    """Pages that a sequence of `length` tokens holds at any one time, computed at most `step` tokens at a time: a
+    window lets go of those behind it, but for the sinks'."""
+    pages = -(-length // PAGE_SIZE)
+    if window is None:
+        return pages
+    # One page more on either side: neither the window nor a chunk begins where a page does.
+    return min(pages, -(-sinks // PAGE_SIZE) + (window + step) // PAGE_SIZE + 2)
+
+
 class CacheManager:
     """Pages and slots of all sequences.
 
     `pages` and `slots` are what the cache's tensors hold, null page and null slot (number 0) included; slots = 0: no
-    recurrent layer. `window`: a query sees itself and the window - 1 tokens before it, in every attention layer; pages
-    that no query will see any more are released.
+    recurrent layer. `window`: a query sees itself and the window - 1 tokens before it, and the first `sinks` tokens, in
+    every attention layer; pages that no query will see any more are released.
 
     Where there are slots, a prefix is reused up to a snapshot of the state after it. Snapshots are kept in slots that
     no sequence owns, at page boundaries that may be wanted again (`step_end`). Each sequence owns its slot: what goes
@@ -83,17 +93,22 @@ class CacheManager:
     A page that several sequences share, or that the prefix index knows, is full and is never written again: what a
     sequence writes next always lies in pages of its own.
 
-    Raises ValueError for pages < 1, slots < 0 or window < 1.
+    Raises ValueError for pages < 1, slots < 0, window < 1 or sinks < 0.
     """
 
-    def __init__(self, pages: int, slots: int = 0, *, prefix_caching: bool = True, window: int | None = None) -> None:
+    def __init__(
+        self, pages: int, slots: int = 0, *, prefix_caching: bool = True, window: int | None = None, sinks: int = 0
+    ) -> None:
         if pages < 1 or slots < 0:
             raise ValueError(
                 f"a cache needs at least one page and no negative number of slots, not {pages} and {slots}"
             )
         if window is not None and window < 1:
             raise ValueError(f"a window must be at least one token, not {window}")
+        if sinks < 0:
+            raise ValueError(f"sinks must not be negative, not {sinks}")
         self._window = window
+        self._sink_pages = -(-sinks // PAGE_SIZE)
         self._index = PrefixIndex()
         self._pool = BlockPool(pages, self._index)
         self._slots = SlotPool(slots) if slots else None
@@ -132,7 +147,7 @@ class CacheManager:
         self._pool.share(table)
         sequence = _Sequence(table, node, cached, None, unseen=(len(tokens), cached))
         self._slide(sequence)
-        held = table[sequence.released :]
+        held = self._held(sequence)
         if pages - len(held) > self._pool.available:
             self._pool.release(reversed(held))
             return None
@@ -188,7 +203,7 @@ class CacheManager:
         if len(partial) > self._pool.available or not self.can_admit():
             return False
         shared = source.table[: source.full_pages]
-        self._pool.share(shared[source.released :])
+        self._pool.share(self._held(source, source.full_pages))
         own = self._pool.take(len(partial), after=shared[-1] if shared else 0)
         self._copies.pages.extend(zip(partial, own, strict=True))
         slot = self._slots.take() if self._slots else None
@@ -211,12 +226,12 @@ class CacheManager:
     def free(self, key: Hashable) -> None:
         """End a sequence. Its full pages stay cached, the last one to be evicted first."""
         sequence = self._sequences.pop(key)
-        self._pool.release(reversed(sequence.table[sequence.released :]))
+        self._pool.release(reversed(self._held(sequence)))
         if self._slots and sequence.slot is not None:
             self._slots.release(sequence.slot)
 
     def table(self, key: Hashable) -> list[int]:
-        """The sequence's pages: token n is in page table[n // PAGE_SIZE]; 0 where the window has passed.
+        """The sequence's pages: token n is in page table[n // PAGE_SIZE]; 0 where the window has passed all but sinks.
 
         The manager's own list: it grows later, and the caller only reads it.
         """
@@ -266,7 +281,7 @@ class CacheManager:
         self.check_counts()
         sequences = self._sequences.values()
         self._index.check()
-        self._pool.check(Counter(page for sequence in sequences for page in sequence.table[sequence.released :]))
+        self._pool.check(Counter(page for sequence in sequences for page in self._held(sequence)))
         if self._slots:
             self._slots.check([sequence.slot for sequence in sequences if sequence.slot is not None])
         for sequence in sequences:
@@ -297,13 +312,18 @@ class CacheManager:
                 self._copies.slots.append((slot, snapshot))
                 sequence.latest = node if grown else None
 
+    def _held(self, sequence: _Sequence, stop: int | None = None) -> list[int]:
+        """The pages of the sequence's table, or of its first `stop` entries, that it owns."""
+        sinks = min(self._sink_pages, sequence.released)
+        return sequence.table[:sinks] + sequence.table[sequence.released : stop]
+
     def _slide(self, sequence: _Sequence) -> None:
-        """Release pages that lie wholly before the window: the next query, at position `computed`, and all after it see
-        nothing at or before computed - window."""
+        """Release pages that lie wholly between sinks and window: the next query, at position `computed`, and all after
+        it see nothing else at or before computed - window."""
         if self._window is None:
             return
         passed = max(0, sequence.computed - self._window + 1) // PAGE_SIZE
-        leaving = range(sequence.released, passed)
+        leaving = range(max(sequence.released, self._sink_pages), passed)
         self._pool.release(sequence.table[number] for number in reversed(leaving))
         for number in leaving:
             sequence.table[number] = 0
@@ -317,7 +337,8 @@ class CacheManager:
 
     def _check_sequence(self, sequence: _Sequence) -> None:
         assert sequence.empty_places >= 0, sequence
-        assert [page == 0 for page in sequence.table] == [n < sequence.released for n in range(len(sequence.table))]
+        gone = range(self._sink_pages, sequence.released)
+        assert [page == 0 for page in sequence.table] == [n in gone for n in range(len(sequence.table))]
         assert not any(page in self._index for page in sequence.table[sequence.full_pages :]), sequence.table
         node = sequence.node
         if node is None:

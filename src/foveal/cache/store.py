@@ -31,6 +31,8 @@ class CachePlan:
     """All layers' recurrent states of one sequence."""
     window: int | None
     """The widest attention window, where every attention layer has one: pages behind it are given back."""
+    sinks: int
+    """The first tokens that some layer sees for ever: their pages stay."""
 
     @property
     def has_pages(self) -> bool:
@@ -64,7 +66,8 @@ def plan_cache(
         raise ValueError(f"kv_cache_dtype {kv_cache_dtype!r} is for latents, which {config.family} does not have")
     latent_dtype = KV_CACHE_DTYPES[kv_cache_dtype] or dtype
     stored_index = resolve_index_dtype(index_dtype, dtype)
-    windows = [mixer.window for mixer in mixers if isinstance(mixer, GQAConfig)]
+    heads = [mixer for mixer in mixers if isinstance(mixer, GQAConfig)]
+    windows = [mixer.window for mixer in heads]
     windowed = windows and None not in windows and not any(isinstance(mixer, MLAConfig) for mixer in mixers)
     token_bytes = sum(_token_bytes(block, dtype, latent_dtype, stored_index) for block in config.blocks)
     return CachePlan(
@@ -75,6 +78,7 @@ def plan_cache(
         page_bytes=PAGE_SIZE * token_bytes,
         slot_bytes=sum(_slot_bytes(block, dtype) for block in config.blocks),
         window=max(window for window in windows if window) if windowed else None,
+        sinks=max((mixer.sinks for mixer in heads), default=0),
     )
 
 

@@ -19,6 +19,7 @@ def chat(
     mla_form: options.MLAForm = "auto",
     quantization: options.Quantization = None,
     adapter: options.Adapter = None,
+    streaming: options.Streaming = None,
 ) -> None:
     """Talk with MODEL. /reset forgets what was said, /exit or the end of input ends."""
     from foveal import SamplingParams
@@ -33,6 +34,7 @@ def chat(
         "mla_form": mla_form,
         "quantization": quantization,
         "adapter": adapter,
+        "streaming": streaming,
     }
     llm = session.load(model, settings)
     messages: list[dict[str, str]] = []

@@ -43,6 +43,7 @@ def evaluate(
         ),
     ] = None,
     adapter: options.Adapter = None,
+    streaming: options.Streaming = None,
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Another model, as it is, that differences are taken to.")
     ] = None,
@@ -123,6 +124,7 @@ def evaluate(
         "mla_form": mla_form,
         "quantization": quantization,
         "adapter": adapter,
+        "streaming": streaming,
     }
     subject = _subject(model, loading)
     base = None if against is None else _subject(against, {})
@@ -161,7 +163,8 @@ def _subject(name: str, loading: dict[str, Any]) -> _Subject:
     from foveal.models.resolve import resolve_model
 
     path = resolve_model(name)
-    return _Subject(Path(name).name, path, open_checkpoint(path, loading.get("adapter")).config, loading)
+    config = open_checkpoint(path, loading.get("adapter"), loading.get("streaming")).config
+    return _Subject(Path(name).name, path, config, loading)
 
 
 def _tasks(asked: str | None, config: "ModelConfig", has_text: bool) -> tuple[str, ...]:

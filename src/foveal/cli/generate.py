@@ -40,6 +40,7 @@ def generate(
     mla_form: options.MLAForm = "auto",
     quantization: options.Quantization = None,
     adapter: options.Adapter = None,
+    streaming: options.Streaming = None,
 ) -> None:
     """Write what MODEL makes of PROMPT, token by token.
 
@@ -66,6 +67,7 @@ def generate(
         "mla_form": mla_form,
         "quantization": quantization,
         "adapter": adapter,
+        "streaming": streaming,
     }
     llm = session.load(model, settings, length)
     stream = llm.stream(llm.chat_prompt(messages) if chat else text, params)

@@ -45,4 +45,12 @@ Adapter = Annotated[
         show_default=False,
     ),
 ]
+Streaming = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SINKS+WINDOW",
+        help="Attend to the first and the latest tokens alone, such as 4+1020: any length in a constant cache.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from foveal.cli import options
+
 if TYPE_CHECKING:
     from foveal.config import ModelConfig
     from foveal.costs import Plan
@@ -27,6 +29,7 @@ def plan(
         list[str] | None,
         typer.Option(help="Exchange the attention: mha, gqa:8, mqa, mla, dsa:2048, window:4096, joined by +."),
     ] = None,
+    streaming: options.Streaming = None,
     ranks: Annotated[
         bool, typer.Option("--ranks", help="Read the weights: how small a latent could hold keys and values.")
     ] = False,
@@ -64,6 +67,8 @@ def plan(
     from foveal.costs import Request, find_device, make_plan
 
     configs = _configs(models, variant or [], compare)
+    if streaming is not None:
+        configs = [(f"{name} streaming {streaming}", _streaming(config, streaming)) for name, config in configs]
     _check_dtypes([config for _, config in configs], kv_cache_dtype, index_dtype)
     spectra = _spectra(models, variant or [], configs[0][1]) if ranks else None
     request = Request(
@@ -109,6 +114,12 @@ def _configs(models: list[str], variants: list[str], compare: bool) -> list[tupl
             configs.append((model, config))
         configs.extend((f"{model} {variant}", apply_variant(config, variant)) for variant in variants)
     return configs
+
+
+def _streaming(config: "ModelConfig", text: str) -> "ModelConfig":
+    from foveal.config.streaming import read_streaming, with_streaming
+
+    return with_streaming(config, *read_streaming(text))
 
 
 def _config(model: str) -> "ModelConfig":

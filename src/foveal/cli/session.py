@@ -24,7 +24,7 @@ def load(model: str, settings: Mapping[str, Any], length: Callable[[Any], int] |
     longest = None
     if length is not None:
         pages = -(-length(tokenizer) // PAGE_SIZE)
-        longest = min(open_checkpoint(path).config.max_positions, pages * PAGE_SIZE)
+        longest = min(open_checkpoint(path, streaming=settings["streaming"]).config.max_positions, pages * PAGE_SIZE)
     return LLM(path, tokenizer=tokenizer, max_num_seqs=1, max_model_len=longest, **settings)
 
 

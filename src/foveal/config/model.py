@@ -54,6 +54,14 @@ class GQAConfig:
     """The query projection also makes a gate for each number of a head's output (Qwen3-Next)."""
     window: int | None = None
     """A query sees itself and the window - 1 tokens before it; None: every earlier token."""
+    sinks: int = 0
+    """The first tokens of the sequence, which every query sees besides, at the distance that they have in a cache of
+    sinks + window tokens (StreamingLLM, arXiv 2309.17453, section 3.2)."""
+
+    def __post_init__(self) -> None:
+        """ValueError for sinks without a window, where they would be seen anyway, or fewer than none."""
+        if self.sinks < 0 or (self.sinks and self.window is None):
+            raise ValueError(f"sinks = {self.sinks} with window = {self.window}: sinks are what stands before a window")
 
 
 @dataclass(frozen=True)

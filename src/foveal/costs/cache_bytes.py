@@ -32,6 +32,8 @@ class CacheRow:
     """Numbers, without scales."""
     window: int | None
     """Only so many tokens are ever read again; None: all."""
+    sinks: int = 0
+    """Besides, so many of the first."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,18 @@ class CacheCost:
         known = [window for window in windows if window is not None]
         return max(known) if known and len(known) == len(windows) else None
 
+    @property
+    def sinks(self) -> int:
+        """The first tokens that some layer reads for ever: their pages stay."""
+        return max((row.sinks for row in self.rows), default=0)
+
     def sequence_pages(self, tokens: int) -> int:
         """Pages that a sequence of so many computed tokens holds: ceil(n / page), less those that lie wholly behind the
-        window of the next query, max(0, n - window + 1) // page."""
+        window of the next query, max(0, n - window + 1) // page, and hold no sinks."""
         if not self.rows:
             return 0
         passed = 0 if self.window is None else max(0, tokens - self.window + 1) // self.page_tokens
-        return -(-tokens // self.page_tokens) - passed
+        return -(-tokens // self.page_tokens) - max(0, passed - -(-self.sinks // self.page_tokens))
 
     def sequence_bytes(self, tokens: int) -> int:
         """Bytes that a sequence of so many tokens holds, pages being whole."""
@@ -81,7 +88,7 @@ class CacheCost:
 
     def needed_bytes(self, tokens: int) -> int:
         """Bytes that a query after so many tokens can still read: no page half empty, every window for itself."""
-        seen = (row.bytes_per_token * min(tokens, row.window or tokens) for row in self.rows)
+        seen = (row.bytes_per_token * min(tokens, row.sinks + (row.window or tokens)) for row in self.rows)
         return sum(seen) + self.state_bytes
 
     @property
@@ -89,10 +96,14 @@ class CacheCost:
         """Snapshots of recurrent states, for prefixes, that the engine makes room for beside each sequence's own."""
         return SNAPSHOTS_EACH * self.state_bytes
 
-    def engine_bytes(self, sequences: int, tokens: int) -> int:
-        """What the engine allocates for so many sequences of so many tokens, where there is memory for all of it: pages
-        for all tokens (windows or not), states and snapshots, and the null page and the null slot."""
-        pages = 1 + sequences * -(-tokens // self.page_tokens)
+    def engine_bytes(self, sequences: int, tokens: int, step: int = 2048) -> int:
+        """What the engine allocates for so many sequences of so many tokens, computed at most `step` at a time, where
+        there is memory for all of it: pages, states and snapshots, and the null page and the null slot. Behind a window
+        that is pages for sinks, window and step, and one on either side."""
+        most = -(-tokens // self.page_tokens)
+        if self.window is not None:
+            most = min(most, -(-self.sinks // self.page_tokens) + (self.window + step) // self.page_tokens + 2)
+        pages = 1 + sequences * most
         return pages * self.page_bytes + sequences * (self.state_bytes + self.snapshot_bytes) + self.state_bytes
 
     @property
@@ -136,7 +147,9 @@ def block_rows(block: BlockConfig, dtypes: CacheDtypes) -> list[CacheRow]:
     mixer, rows = block.operation, []
     if isinstance(mixer, GQAConfig):
         numbers = 2 * mixer.kv_heads * mixer.head_dim
-        rows.append(CacheRow("keys_values", numbers * ITEM_BYTES[dtypes.keys_values], numbers, mixer.window))
+        rows.append(
+            CacheRow("keys_values", numbers * ITEM_BYTES[dtypes.keys_values], numbers, mixer.window, mixer.sinks)
+        )
     elif isinstance(mixer, MLAConfig):
         size = latent_bytes(mixer.kv_lora_rank, mixer.rope_dim, dtypes.latents)
         rows.append(CacheRow("latents", size, mixer.kv_lora_rank + mixer.rope_dim, None))

@@ -108,8 +108,8 @@ def projection_macs(block: BlockConfig, hidden: int) -> dict[Part, int]:
 def attention_core_macs(block: BlockConfig, queries: int, context: int, form: Form, topk: int | None) -> int:
     """MACs of queries with keys and of weights with values.
 
-    Per-head keys: pairs x 2 H P, where a query sees `window` keys at most, and top-k at most when sparse. MLA: see
-    `foveal.costs.attention.mla_macs`, expansion or absorption included.
+    Per-head keys: pairs x 2 H P, where a query sees sinks + window keys at most, and top-k at most when sparse. MLA:
+    see `foveal.costs.attention.mla_macs`, expansion or absorption included.
     """
     mixer = block.operation
     if isinstance(mixer, MLAConfig):
@@ -117,7 +117,7 @@ def attention_core_macs(block: BlockConfig, queries: int, context: int, form: Fo
         return mla_macs(mixer, queries, context, topk)[form]
     if not isinstance(mixer, GQAConfig):
         return 0
-    limits = [limit for limit in (mixer.window, topk if form == "sparse" else None) if limit is not None]
+    limits = [limit for limit in (_reach(mixer), topk if form == "sparse" else None) if limit is not None]
     pairs = selected_pairs(queries, context, min(limits)) if limits else causal_pairs(queries, context)
     return pairs * 2 * mixer.heads * mixer.head_dim
 
@@ -208,7 +208,7 @@ class DecodeFormula:
     attention_per_context_token: int
     """Over all layers that see the whole context."""
     attention_per_window_token: dict[int, int]
-    """By window: over the layers with that window."""
+    """By window (sinks included): over the layers with that window."""
     topk: int | None
     attention_selected: int
     """Attention to top-k tokens."""
@@ -269,7 +269,7 @@ def decode_formula(config: ModelConfig) -> DecodeFormula:
     whole = selecting = 0
     for block in config.blocks:
         per_token = _per_visible_token(block)
-        window = block.operation.window if isinstance(block.operation, GQAConfig) else None
+        window = _reach(block.operation) if isinstance(block.operation, GQAConfig) else None
         if window is not None:
             windows[window] = windows.get(window, 0) + per_token
             continue
@@ -290,6 +290,11 @@ def decode_formula(config: ModelConfig) -> DecodeFormula:
         indexer_fixed=sum(projection_macs(block, config.hidden_size).get("indexer", 0) for block in config.blocks),
         indexer_per_context_token=sum(indexer.heads * indexer.head_dim for indexer in indexers),
     )
+
+
+def _reach(mixer: GQAConfig) -> int | None:
+    """Keys that a query sees at most."""
+    return None if mixer.window is None else mixer.sinks + mixer.window
 
 
 def _per_visible_token(block: BlockConfig) -> int:

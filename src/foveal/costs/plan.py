@@ -306,6 +306,7 @@ def _cache(memory: Memory, context: int) -> dict[str, Any]:
         "state_bytes_per_sequence": cache.state_bytes,
         "snapshot_bytes_per_sequence": cache.snapshot_bytes,
         "window_tokens": cache.window,
+        "sink_tokens": cache.sinks,
         "page_tokens": cache.page_tokens,
         "page_bytes": cache.page_bytes,
         "sequence_bytes": cache.sequence_bytes(context),

@@ -201,7 +201,7 @@ def _cache_bytes_read(
         if row.part == "index_keys":
             parts.append(("indexer", context * row.bytes_per_token if selects else 0))
             continue
-        seen = min(context, (row.window or context) + queries - 1)
+        seen = min(context, row.sinks + (row.window or context) + queries - 1)
         if form == "sparse" and topk is not None and (block.indexer or block.shared_selection):
             seen = min(seen, queries * topk)
         parts.append(("attention", seen * row.bytes_per_token))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from foveal.cache import PAGE_SIZE, CacheManager, CacheUsage
+from foveal.cache import PAGE_SIZE, CacheManager, CacheUsage, most_pages
 from foveal.cache.store import CacheStore, plan_cache
 from foveal.config import ModelConfig
 from foveal.config.formats import SNAPSHOTS_EACH
@@ -41,13 +41,14 @@ class LLM:
     >>> llm.generate("The capital of France is", SamplingParams(temperature=0))[0].outputs[0].text  # doctest: +SKIP
     ' Paris...'
 
-    `model` is a directory, a .gguf file, a Hub id or an alias; or a `Decoder`, which stays as it is: options of loading
-    (`dtype`, `device`, `index_dtype`, `mla_form`, `quantization`, `adapter`) are then not for here, and it needs its
-    `tokenizer` or `skip_tokenizer_init`. `dtype` (of the weights; "auto": the checkpoint's), `kv_cache_dtype` (of
-    latents) and `index_dtype` (of index keys) are names or torch dtypes; torch.float8_e4m3fn is "fp8". `mla_form`: how
-    latent attention is computed: "expanded", "absorbed", or "auto", the cheaper one for each sequence. `quantization`:
-    "int8" or "int4" rounds the weights while they are loaded; activations keep their dtype
+    `model` is a directory, a .gguf file, a Hub id or an alias; or a `Decoder`, which stays as it is: options of
+    loading (`dtype`, `device`, `index_dtype`, `mla_form`, `quantization`, `adapter`, `streaming`) are then not for
+    here, and it needs its `tokenizer` or `skip_tokenizer_init`. `dtype` (of the weights; "auto": the checkpoint's),
+    `kv_cache_dtype` (of latents) and `index_dtype` (of index keys) are names or torch dtypes; torch.float8_e4m3fn is
+    "fp8". `mla_form`: how latent attention is computed: "expanded", "absorbed", or "auto", the cheaper one for each
+    sequence. `quantization`: "int8" or "int4" rounds the weights while they are loaded; activations keep their dtype
     (CPU only; see `Decoder.quantise`). `adapter`: a directory with indexers for a dense model (`foveal train`).
+    `streaming`: "4+1020" lets attention see the first 4 tokens and the last 1020 alone, without end (StreamingLLM).
     `max_model_len`: most tokens of a prompt and its completion (None: the model's). `max_num_seqs` sequences
     run at a time, and a step computes at most `max_num_batched_tokens` tokens. `kv_cache_memory`: bytes of the cache
     (None: a share of the memory that is free, and no more than `max_num_seqs` sequences of `max_model_len` tokens
@@ -76,6 +77,7 @@ class LLM:
         mla_form: str = "auto",
         quantization: str | None = None,
         adapter: str | Path | None = None,
+        streaming: str | None = None,
         seed: int = 0,
         enforce_eager: bool = False,
         tokenizer: Any = None,
@@ -89,6 +91,7 @@ class LLM:
             "mla_form": mla_form,
             "quantization": quantization,
             "adapter": adapter,
+            "streaming": streaming,
         }
         if isinstance(model, Decoder):
             _check_loaded(loading, tokenizer is not None or skip_tokenizer_init)
@@ -105,15 +108,17 @@ class LLM:
         length = _model_length(max_model_len, config.max_positions)
         plan = plan_cache(config, decoder.options.dtype, dtype_name(kv_cache_dtype), index_name)
         snapshots = SNAPSHOTS_EACH * max_num_seqs if enable_prefix_caching else 0
-        demand = CacheDemand(max_num_seqs, length, whole=max_model_len is not None, snapshots=snapshots)
+        held = PAGE_SIZE * most_pages(length, max_num_batched_tokens, plan.window, plan.sinks)
+        demand = CacheDemand(max_num_seqs, held, whole=max_model_len is not None, snapshots=snapshots)
         size = cache_size(plan, demand, kv_cache_memory, device)
-        manager = CacheManager(size.pages, size.slots, prefix_caching=enable_prefix_caching, window=plan.window)
+        reach: dict[str, Any] = {"window": plan.window, "sinks": plan.sinks}
+        manager = CacheManager(size.pages, size.slots, prefix_caching=enable_prefix_caching, **reach)
         scheduler = Scheduler(
             manager,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_prompt_rows=max(1, _PROMPT_LOGIT_BYTES // (config.vocab_size * torch.float32.itemsize)),
-            window=plan.window,
+            **reach,
         )
         store = CacheStore(plan, size.pages, size.slots, device)
         runner = Runner(decoder, store, manager, device=device, sparse=sparse_layers(config))
@@ -147,7 +152,7 @@ class LLM:
         plan = self._cache_plan
         pages = -(-tokens // PAGE_SIZE)
         if plan.window is not None:
-            pages = min(pages, -(-plan.window // PAGE_SIZE) + 1)
+            pages = min(pages, -(-plan.sinks // PAGE_SIZE) + -(-plan.window // PAGE_SIZE) + 1)
         return pages * plan.page_bytes + plan.slot_bytes
 
     def generate(

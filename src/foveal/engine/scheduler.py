@@ -9,7 +9,7 @@ import sys
 from collections import deque
 from dataclasses import dataclass
 
-from foveal.cache import PAGE_SIZE, CacheManager
+from foveal.cache import PAGE_SIZE, CacheManager, most_pages
 from foveal.engine.request import SequenceState
 
 
@@ -41,7 +41,7 @@ class Scheduler:
     brings the oldest one forward, and none waits for ever.
 
     `max_prompt_rows`: most tokens of a step that belong to prompts whose log probabilities are asked for, for each of
-    them has a row of logits. `window` is the cache manager's. Raises ValueError for a limit below 1.
+    them has a row of logits. `window` and `sinks` are the cache manager's. Raises ValueError for a limit below 1.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_prompt_rows: int = sys.maxsize,
         window: int | None = None,
+        sinks: int = 0,
     ) -> None:
         for name, value in [
             ("max_num_seqs", max_num_seqs),
@@ -64,7 +65,7 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._budget = max_num_batched_tokens
         self._prompt_rows = max_prompt_rows
-        self._window = window
+        self._window, self._sinks = window, sinks
         self.running: list[SequenceState] = []
         self.waiting: deque[SequenceState] = deque()
         self.preemptions = 0
@@ -157,12 +158,8 @@ class Scheduler:
             plan.add(sequence, count)
 
     def _most_pages(self, length: int) -> int:
-        """Pages that a sequence of `length` tokens holds at any one time; a window lets go of those behind it."""
-        pages = -(-length // PAGE_SIZE)
-        if self._window is None:
-            return pages
-        # One page more on either side: neither the window nor a chunk begins where a page does.
-        return min(pages, (self._window + self._budget) // PAGE_SIZE + 2)
+        """Pages that a sequence of `length` tokens holds at any one time."""
+        return most_pages(length, self._budget, self._window, self._sinks)
 
     def _admit(self, sequence: SequenceState) -> bool:
         """Give the sequence what the prefix cache has of it, if there is room for all its tokens."""

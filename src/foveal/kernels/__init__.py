@@ -25,6 +25,7 @@ from foveal.kernels.scan import causal_conv, selective_scan
 from foveal.kernels.selection import select
 from foveal.kernels.sparse import sparse_attention
 from foveal.kernels.ssd import ssd
+from foveal.kernels.streaming import streaming_attention
 
 __all__ = [
     "QUANTIZATIONS",
@@ -61,6 +62,7 @@ __all__ = [
     "sparse_attention",
     "sparse_gradients",
     "ssd",
+    "streaming_attention",
     "write_index_keys",
     "write_latents",
 ]
@@ -71,7 +73,7 @@ del _cpu, _gpu, _packed  # importing them registered the fast versions, and thos
 
 def operations() -> tuple[Operation[..., Any], ...]:
     """Every operation that has versions to choose from."""
-    attentions = (attention, flash_forward, sparse_attention)
+    attentions = (attention, flash_forward, streaming_attention, sparse_attention)
     recurrences = (causal_conv, s4d, selective_scan, ssd, linear_attention, delta_rule)
     products = (linear, *attentions, select, experts, *recurrences)
     stores = (quantise_index, write_index_keys, write_latents)

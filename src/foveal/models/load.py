@@ -1,6 +1,7 @@
 """From a model's name to a `Decoder` with its weights."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from foveal.cache.store import resolve_index_dtype
 from foveal.config import ModelConfig
 from foveal.config.model import MLAConfig
+from foveal.config.streaming import read_streaming, with_streaming
 from foveal.kernels import QUANTIZATIONS
 from foveal.models.adapter import check_base, with_adapter
 from foveal.models.decoder import Decoder, Options, quantise_layer
@@ -36,6 +38,7 @@ def load_model(
     mla_form: str = "auto",
     quantization: str | None = None,
     adapter: str | Path | None = None,
+    streaming: str | None = None,
 ) -> Decoder:
     """Load a model with its weights, in evaluation mode.
 
@@ -48,6 +51,7 @@ def load_model(
         leaves them as they are. For the CPU, in float32 and bfloat16.
     adapter: a directory with indexers that were trained for this model, or the alias of those that the package has
         (see `resolve_adapter`); its attention layers become sparse.
+    streaming: "4+1020" lets attention see the first 4 tokens and the last 1020 alone (`with_streaming`); None: all.
 
     Raises ValueError for anything that cannot be loaded as asked, naming it: an unknown model, dtype, device or form, a
     setting for a part that the model does not have, a config that is not supported, tensors that are damaged, missing,
@@ -55,7 +59,7 @@ def load_model(
     """
     target = _device(device)
     indexers = None if adapter is None else resolve_adapter(adapter)
-    checkpoint = open_checkpoint(path, indexers)
+    checkpoint = open_checkpoint(path, indexers, streaming)
     options = Options(_dtype(dtype, checkpoint), dtype_name(index_dtype), mla_form)
     _check_options(options, checkpoint.config)
     _check_quantization(quantization, options.dtype, target)
@@ -85,13 +89,16 @@ def _fill_quantised(decoder: Decoder, checkpoint: Checkpoint, quantization: str)
     decoder.quantise_head(quantization)
 
 
-def open_checkpoint(path: str | Path, adapter: str | Path | None = None) -> Checkpoint:
+def open_checkpoint(path: str | Path, adapter: str | Path | None = None, streaming: str | None = None) -> Checkpoint:
     """The config and the unread tensors of a model, whichever form it is stored in, and of its adapter. Raises as
     `load_model` does."""
-    indexers = None if adapter is None else resolve_adapter(adapter)  # what can be said before a download
+    # First what can be said before a download.
+    indexers = None if adapter is None else resolve_adapter(adapter)
+    reach = None if streaming is None else read_streaming(streaming)
     found = resolve_model(str(path))
     checkpoint = open_safetensors(found) if found.is_dir() else open_gguf(found)
-    return checkpoint if indexers is None else with_adapter(checkpoint, indexers)
+    checkpoint = checkpoint if indexers is None else with_adapter(checkpoint, indexers)
+    return checkpoint if reach is None else replace(checkpoint, config=with_streaming(checkpoint.config, *reach))
 
 
 def generation_defaults(path: str | Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from foveal.cache.layouts import BlockCache
 from foveal.config.model import GQAConfig
-from foveal.kernels import KeySource, Queries, apply_rope, attention, sparse_attention
+from foveal.kernels import KeySource, Queries, apply_rope, attention, sparse_attention, streaming_attention
 from foveal.kernels.cpu.block import GQABlock
 from foveal.nn.fused import layer_of, norm_of
 from foveal.nn.linear import FusedLinear, Linear
@@ -19,7 +19,7 @@ from foveal.nn.watch import Gaze
 
 class GQA(Mixer):
     """Grouped-query attention (arXiv 2305.13245) with optional QK-norm, biases, window, rope and output
-    gate; dense, or over a selection that all heads share."""
+    gate; dense, over a window with or without sinks, or over a selection that all heads share."""
 
     def __init__(self, config: GQAConfig, hidden_size: int, norm_eps: float, dtype: torch.dtype) -> None:
         super().__init__()
@@ -48,20 +48,37 @@ class GQA(Mixer):
         if config.qk_norm:
             q_THP, k_TGP = qk_TXP.split([config.heads, config.kv_heads], 1)
             qk_TXP = torch.cat((self.q_norm(q_THP), self.k_norm(k_TGP)), 1)
+        plain_TXP = qk_TXP
         if config.rope:
-            qk_TXP = apply_rope(qk_TXP, step.turns(config.rope), interleaved=config.rope.interleaved)
+            turns_TR = step.turns(config.rope, exact=config.sinks > 0)
+            qk_TXP = apply_rope(qk_TXP, turns_TR, interleaved=config.rope.interleaved)
         q_THP, k_TGP = qk_TXP.split([config.heads, config.kv_heads], 1)
         keys = step.keep(cache.keys if cache else None, k_TGP)
         values = step.keep(cache.values if cache else None, v_TGP)
         if step.watch is not None:
             step.gaze = Gaze(q_THP.detach(), keys, config.scale)
-        if selection_TK is None:
-            out_THP = attention(q_THP, keys, values, step.queries, scale=config.scale, window=config.window)
-        else:
+        if selection_TK is not None:
             out_THP = self._sparse(q_THP, keys, values, step, selection_TK)
+        elif config.sinks and config.rope:
+            out_THP = self._streaming(q_THP, plain_TXP[:, : config.heads], keys, values, step)
+        else:
+            out_THP = attention(
+                q_THP, keys, values, step.queries, scale=config.scale, window=config.window, sinks=config.sinks
+            )
         if config.gated:
             out_THP = out_THP * gate_THP.sigmoid()
         return self.o_proj(out_THP.flatten(1))
+
+    def _streaming(self, q_THP: Tensor, plain_THP: Tensor, keys: KeySource, values: KeySource, step: Step) -> Tensor:
+        """[T, H, P]: the window, and sinks at the distance that they have in the cache. plain: queries before rope."""
+        config, seen = self.config, step.contexts.lengths
+        assert config.rope and config.window
+        if max(seen) <= config.sinks + config.window:  # nothing is left out yet
+            return attention(q_THP, keys, values, step.queries, scale=config.scale)
+        turns_TR = step.turns(config.rope, exact=True, most=config.sinks + config.window - 1)
+        sink_q_THP = apply_rope(plain_THP, turns_TR, interleaved=config.rope.interleaved)
+        reach = {"window": config.window, "sinks": config.sinks}
+        return streaming_attention(q_THP, sink_q_THP, keys, values, step.queries, scale=config.scale, **reach)
 
     def _sparse(self, q_THP: Tensor, keys: KeySource, values: KeySource, step: Step, selection_TK: Tensor) -> Tensor:
         """[T, H, P]: the selection alone, where it leaves something out."""

@@ -36,13 +36,18 @@ class Step:
         self.gaze: Gaze | None = None
         """The current block's, where there is a watch."""
         self.collected: dict[str, list[Any]] = {}
-        self._turns: dict[RopeConfig, Tensor] = {}
+        self._turns: dict[tuple[RopeConfig, bool, int | None], Tensor] = {}
 
-    def turns(self, rope: RopeConfig) -> Tensor:
-        """Every token's turns, complex64 [T, dim / 2], for `apply_rope`; computed once a step."""
-        key = replace(rope, interleaved=False)  # which dimensions make a pair does not change its turn
+    def turns(self, rope: RopeConfig, *, exact: bool = False, most: int | None = None) -> Tensor:
+        """Every token's turns, complex64 [T, dim / 2], for `apply_rope`; computed once a step.
+
+        exact: see `rope_turns`. most: tokens at later positions are turned as one at this position is.
+        """
+        # Which dimensions make a pair does not change its turn.
+        key = replace(rope, interleaved=False), exact, most
         if key not in self._turns:
-            self._turns[key] = rope_turns(rope, self.batch.positions_T, self._rope_lengths())
+            positions_T = self.batch.positions_T if most is None else self.batch.positions_T.clamp_max(most)
+            self._turns[key] = rope_turns(rope, positions_T, self._rope_lengths(), exact=exact)
         return self._turns[key]
 
     def keep(self, layout: PagedLayout | None, values_TX: Tensor) -> KeySource:

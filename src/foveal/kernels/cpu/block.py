@@ -54,7 +54,7 @@ class GQABlock:
     @property
     def fusable(self) -> bool:
         """Whether the kernels can read its weights and compute what it asks for."""
-        if self.config.gated:
+        if self.config.gated or self.config.sinks:
             return False
         return self.pairs <= MOST_PAIRS and _readable([self.norm, *(self.heads or ())], [self.qkv, self.out])
 
