@@ -6,11 +6,11 @@ from random weights by one recipe, beside what a sequence of each keeps in memor
 Full attention (llama), DSA (deepseek_v32 without experts), Mamba, Mamba-2, and a hybrid (jamba without experts: one
 layer of attention to seven of Mamba). Every design is trained twice with the same data, updates, tokens, optimiser and
 schedule: on MQAR alone (rows of 256 tokens, 1 to 63 pairs), and on text alone (rows of 512 tokens). The learning rate
-alone is each design's own (`Design.rate`). DSA learns as it is meant to: two thirds of the updates dense, then a short
-warm-up of its indexers alone (beside the updates that all have), then the last third with its selection, with which it
-is measured too.
+alone is each design's own: of `RATES` that with the lowest perplexity after a short trial on text. DSA learns as it is
+meant to: two thirds of the updates dense, then a short warm-up of its indexers alone (beside the updates that all
+have), then the last third with its selection, with which it is measured too.
 
-A run takes some 40 minutes on one core. One that was stopped goes on where it was; each model is a line of
+A run takes some 45 minutes on one core. One that was stopped goes on where it was; each model is a line of
 OUTPUT/results.jsonl once it is measured.
 """
 
@@ -18,7 +18,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -40,10 +40,11 @@ Task = Literal["mqar", "text"]
 TASKS: tuple[Task, ...] = ("mqar", "text")
 
 VOCABULARY, HIDDEN = 512, 64
-UPDATES, WARMUP_UPDATES = 300, 30
-"""Of the whole model; of DSA's indexers besides."""
-TOKENS = 2048  # of an update
 CONTEXT: Mapping[Task, int] = {"mqar": 256, "text": 512}
+TOKENS: Mapping[Task, int] = {"mqar": 1024, "text": 2048}  # of an update
+UPDATES: Mapping[Task, int] = {"mqar": 500, "text": 250}
+TRIAL_UPDATES, RATES = 30, (6e-3, 1.2e-2, 2.4e-2)
+DECAY = 0.3  # share of the updates in which the learning rate falls
 PAIRS = (4, 8, 16, 32, 64, 128)  # of which up to 63 fit into the rows trained on
 ROWS = 64
 WINDOWS = 64  # of held-out text
@@ -69,40 +70,20 @@ class Design:
     name: str
     title: str
     config: Mapping[str, Any]
-    rate: float
-    """Of learning: the better of those tried (`--rate`)."""
 
     @property
-    def sparse(self) -> bool:
-        """Whether it has indexers, and so stages of their own."""
-        return "index_topk" in self.config
+    def parameters(self) -> int:
+        """All of them, the embedding included."""
+        return total_parameters(read_config(dict(self.config))).total
 
-    def stages(self, task: Task, updates: int) -> tuple[StageSettings, ...]:
-        """What is done with it: the same for all, but that a sparse one's last third is sparse."""
-        whole = StageSettings(
-            kind="pretrain",
-            steps=updates,
-            context=CONTEXT[task],
-            tokens_per_step=TOKENS,
-            micro_tokens=TOKENS,
-            sources=(task,),
-            optimizer="muon",
-            learning_rate=self.rate,
-            schedule="wsd",
-            warmup_steps=20,
-            decay_share=0.3,
-            final_share=0.02,
-        )
-        if not self.sparse:
-            return (whole,)
-        last = updates // 3
-        dense = replace(whole, steps=updates - last, schedule="constant")
-        warmup = replace(
-            whole, kind="warmup", steps=WARMUP_UPDATES, optimizer="adamw", learning_rate=4e-3, warmup_steps=5
-        )
-        # The rate falls in the same updates as everybody's.
-        sparse = replace(whole, kind="sparse", steps=last, warmup_steps=0, decay_share=0.3 * updates / last)
-        return dense, warmup, sparse
+    def memory(self) -> dict[str, Any]:
+        """What a sequence keeps in bfloat16 (index keys in fp8, states in float32)."""
+        cost = cache_cost(read_config(dict(self.config)), cache_dtypes("bfloat16"))
+        return {
+            "bytes_per_token": cost.bytes_per_token,
+            "state_bytes": cost.state_bytes,
+            "bytes_at": {length: cost.needed_bytes(length) for length in LENGTHS},
+        }
 
 
 DESIGNS = (
@@ -110,7 +91,6 @@ DESIGNS = (
         "attention",
         "full attention",
         {"model_type": "llama", **_COMMON, **_ATTENTION, "num_hidden_layers": 8, "intermediate_size": 128},
-        1.2e-2,
     ),
     Design(
         "dsa",
@@ -137,13 +117,11 @@ DESIGNS = (
             "topk_group": 1,
             "moe_intermediate_size": 1,
         },
-        1.2e-2,
     ),
     Design(
         "mamba",
         "Mamba",
         {"model_type": "mamba", **_COMMON, "num_hidden_layers": 10, "state_size": 16},
-        1.2e-2,
     ),
     Design(
         "mamba2",
@@ -157,7 +135,6 @@ DESIGNS = (
             "num_heads": 4,
             "head_dim": 32,
         },
-        1.2e-2,
     ),
     Design(
         "hybrid",
@@ -171,70 +148,94 @@ DESIGNS = (
             "num_experts": 1,
             "num_experts_per_tok": 1,
         },
-        1.2e-2,
     ),
 )
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How long and from what the designs learn, and where the results go."""
+class Run:
+    """One model to be trained."""
 
-    text: Path
-    output: Path
+    design: Design
+    task: Task
     updates: int
+    rate: float
 
-    def recipe(self, design: Design, task: Task) -> Recipe:
-        """The one recipe, with a design's config in it."""
-        folder = self.output / f"{design.name}-{task}-{self.updates}-{design.rate:g}"
+    @property
+    def key(self) -> dict[str, Any]:
+        """What its result is known by."""
+        told = {"design": self.design.name, "parameters": self.design.parameters, "task": self.task}
+        return {**told, "updates": self.updates, "rate": self.rate}
+
+    def stages(self) -> tuple[StageSettings, ...]:
+        """The same for all designs, but that the last third of a sparse one's is sparse."""
+        whole = StageSettings(
+            kind="pretrain",
+            steps=self.updates,
+            context=CONTEXT[self.task],
+            tokens_per_step=TOKENS[self.task],
+            micro_tokens=TOKENS[self.task],
+            sources=(self.task,),
+            optimizer="muon",
+            learning_rate=self.rate,
+            schedule="wsd",
+            warmup_steps=10,
+            decay_share=DECAY,
+            final_share=0.02,
+        )
+        if "index_topk" not in self.design.config:
+            return (whole,)
+        last = self.updates // 3
+        dense = replace(whole, steps=self.updates - last, schedule="constant")
+        warmup = replace(whole, kind="warmup", steps=max(1, self.updates // 10), optimizer="adamw", learning_rate=4e-3)
+        # The rate falls in the same updates as everybody's.
+        sparse = replace(whole, kind="sparse", steps=last, warmup_steps=0, decay_share=DECAY * self.updates / last)
+        return dense, warmup, sparse
+
+    def recipe(self, text: Path, output: Path) -> Recipe:
+        """The one recipe, with the design's config in it."""
+        folder = output / f"{self.design.name}-{self.task}-{self.updates}-{self.rate:g}"
         folder.mkdir(parents=True, exist_ok=True)
         config = folder / "config.json"
-        config.write_text(json.dumps(design.config, indent=2) + "\n", encoding="utf-8")
+        config.write_text(json.dumps(self.design.config, indent=2) + "\n", encoding="utf-8")
         made_up = RetrievalSettings(name="mqar", tasks=("mqar",), min_length=CONTEXT["mqar"], other_weight=0.0)
         data = DataSettings(
             tokenizer=TokenizerSettings(vocab_size=VOCABULARY),
-            text=(TextSettings(files=(self.text,), name="text"),),
+            text=(TextSettings(files=(text,), name="text"),),
             retrieval=(made_up,),
         )
         run = RunSettings(output=folder, evaluate_tokens=0, checkpoint_minutes=2.0)
-        return Recipe(ModelSettings(config=config), data, design.stages(task, self.updates), run)
-
-    @property
-    def file(self) -> Path:
-        """A line for each model that is done."""
-        return self.output / "results.jsonl"
+        return Recipe(ModelSettings(config=config), data, self.stages(), run)
 
 
-def parameters(design: Design) -> int:
-    """All of them, the embedding included."""
-    return total_parameters(read_config(dict(design.config))).total
+@dataclass(frozen=True)
+class Bench:
+    """Where text is and results go. What is done already is read, not done again."""
 
+    text: Path
+    output: Path
 
-def memory(design: Design) -> dict[str, Any]:
-    """What a sequence keeps in bfloat16 (index keys in fp8, states in float32)."""
-    cost = cache_cost(read_config(dict(design.config)), cache_dtypes("bfloat16"))
-    return {
-        "bytes_per_token": cost.bytes_per_token,
-        "state_bytes": cost.state_bytes,
-        "bytes_at": {length: cost.needed_bytes(length) for length in LENGTHS},
-    }
+    def result(self, run: Run) -> dict[str, Any]:
+        """What came of a run."""
+        file = self.output / "results.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        for found in map(json.loads, lines):
+            if run.key.items() <= found.items():
+                return dict(found)
+        print(f"{run.design.title}: {run.task}, rate {run.rate:g}", file=sys.stderr, flush=True)
+        trainer = Trainer(run.recipe(self.text, self.output))
+        trainer.train()
+        trainer.decoder.requires_grad_(False)  # what is only computed may be compiled
+        measured = accuracies(trainer) if run.task == "mqar" else perplexity(trainer)
+        found = {**run.key, "tokens": trainer.progress.tokens, "seconds": trainer.progress.seconds, **measured}
+        with file.open("a", encoding="utf-8") as results:
+            print(json.dumps(found), file=results)
+        return found
 
-
-def train_and_measure(design: Design, task: Task, plan: Plan) -> dict[str, Any]:
-    """One model: a line of the results."""
-    trainer = Trainer(plan.recipe(design, task))
-    trainer.train()
-    found = {
-        "design": design.name,
-        "task": task,
-        "updates": plan.updates,
-        "rate": design.rate,
-        "parameters": parameters(design),
-        "tokens": trainer.progress.tokens,
-        "seconds": trainer.progress.seconds,
-    }
-    trainer.decoder.requires_grad_(False)  # what is only computed may be compiled
-    return found | (accuracies(trainer) if task == "mqar" else perplexity(trainer))
+    def rate(self, design: Design) -> float:
+        """The best of `RATES` for a design."""
+        trials = {rate: self.result(Run(design, "text", TRIAL_UPDATES, rate)) for rate in RATES}
+        return min(trials, key=lambda rate: float(trials[rate]["perplexity"]["nats"]))
 
 
 def accuracies(trainer: Trainer) -> dict[str, Any]:
@@ -257,36 +258,9 @@ def perplexity(trainer: Trainer) -> dict[str, Any]:
     return {"perplexity": found.whole.as_dict(), "positions": [bucket.as_dict() for bucket in found.buckets]}
 
 
-def done(plan: Plan, designs: Sequence[Design]) -> Iterator[dict[str, Any]]:
-    """The results that stand in the file, of these designs as they are now."""
-    if not plan.file.exists():
-        return
-    wanted = {(design.name, plan.updates, design.rate, parameters(design)) for design in designs}
-    for line in plan.file.read_text(encoding="utf-8").splitlines():
-        found = json.loads(line)
-        if tuple(found[name] for name in ("design", "updates", "rate", "parameters")) in wanted:
-            yield found
-
-
-def measure(plan: Plan, designs: Sequence[Design], tasks: Sequence[Task]) -> list[dict[str, Any]]:
-    """All models, those that are done already from the file."""
-    results = [found for found in done(plan, designs) if found["task"] in tasks]
-    known = {(found["design"], found["task"]) for found in results}
-    for design in designs:
-        for task in tasks:
-            if (design.name, task) in known:
-                continue
-            print(f"{design.title}: {task}", file=sys.stderr, flush=True)
-            found = train_and_measure(design, task, plan)
-            with plan.file.open("a", encoding="utf-8") as file:
-                print(json.dumps(found), file=file)
-            results.append(found)
-    return results
-
-
 def check_sizes(designs: Sequence[Design]) -> None:
     """AssertionError where one design has noticeably more to learn with than another."""
-    sizes = [parameters(design) for design in designs]
+    sizes = [design.parameters for design in designs]
     mean = sum(sizes) / len(sizes)
     assert max(abs(size - mean) for size in sizes) <= LARGEST_DIFFERENCE * mean, sizes
 
@@ -294,9 +268,10 @@ def check_sizes(designs: Sequence[Design]) -> None:
 def print_results(designs: Sequence[Design], results: Sequence[Mapping[str, Any]]) -> None:
     """What was learned, and what it costs: a line a design in each table; what is not measured is left empty."""
     by = {(found["design"], found["task"]): found for found in results}
+    rates = {found["design"]: f"{found['rate']:g}" for found in results}
     learned, costs = [], []
     for design in designs:
-        recall, text, kept = by.get((design.name, "mqar")), by.get((design.name, "text")), memory(design)
+        recall, text, kept = by.get((design.name, "mqar")), by.get((design.name, "text")), design.memory()
         shares = [f"{100 * cell['mean']:.1f}" for cell in recall["accuracy"]] if recall else [""] * len(PAIRS)
         read = text["perplexity"] if text else None
         learned.append(
@@ -304,7 +279,7 @@ def print_results(designs: Sequence[Design], results: Sequence[Mapping[str, Any]
         )
         costs.append(
             [
-                *(design.title, f"{design.rate:g}", str(parameters(design))),
+                *(design.title, rates.get(design.name, ""), str(design.parameters)),
                 *(str(kept["bytes_per_token"]), f"{kept['state_bytes'] / 1024:.1f}"),
                 *(f"{size / 1024:.0f}" for size in kept["bytes_at"].values()),
                 *(f"{one['seconds']:.0f}" if one else "" for one in (recall, text)),
@@ -329,7 +304,7 @@ def plot(designs: Sequence[Design], results: Sequence[Mapping[str, Any]], file: 
                 shares = [100 * cell["mean"] for cell in found["accuracy"]]
                 recalls.plot(PAIRS, shares, "o-", color=color, label=design.title)
             else:
-                size = memory(design)["bytes_at"][LENGTHS[-1]] / 2**20
+                size = design.memory()["bytes_at"][LENGTHS[-1]] / 2**20
                 prices.plot(size, found["perplexity"]["perplexity"], "o", color=color, label=design.title)
     trained = CONTEXT["mqar"] // 4
     recalls.axvspan(trained, PAIRS[-1], color="0.93", label="more than trained on")
@@ -349,8 +324,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/architectures"), help="runs and results.jsonl")
     parser.add_argument("--only", nargs="+", choices=[design.name for design in DESIGNS], metavar="DESIGN")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    parser.add_argument("--updates", type=int, default=UPDATES)
-    parser.add_argument("--rate", type=float, help="a learning rate for all, to try it")
+    parser.add_argument("--rate", type=float, help="a learning rate for all, without trials")
+    parser.add_argument("--share", type=float, default=1.0, help="of the updates, to try the script")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw recall and perplexity (needs matplotlib)")
@@ -360,21 +335,21 @@ def main() -> None:
     if data is None:
         parser.error("FOVEAL_TEST_DATA is not set: it names the folder that holds text/classics_simple.txt.gz")
     check_sizes(DESIGNS)
-    plan = Plan(Path(data) / "text" / "classics_simple.txt.gz", arguments.output, arguments.updates)
-    designs = [
-        design if arguments.rate is None else replace(design, rate=arguments.rate)
-        for design in DESIGNS
-        if design.name in (arguments.only or [design.name])
-    ]
-    results = measure(plan, designs, arguments.tasks)
+    bench = Bench(Path(data) / "text" / "classics_simple.txt.gz", arguments.output)
+    designs = [design for design in DESIGNS if design.name in (arguments.only or [design.name])]
+    results = []
+    for design in designs:
+        rate = arguments.rate or bench.rate(design)
+        runs = [Run(design, task, round(arguments.share * UPDATES[task]), rate) for task in arguments.tasks]
+        results += [bench.result(run) for run in runs]
     if arguments.plot:
         plot(designs, results, arguments.plot)
     if arguments.json:
-        kept = {design.name: memory(design) for design in designs}
+        kept = {design.name: design.memory() for design in designs}
         print(json.dumps({"circumstances": circumstances(), "memory": kept, "results": results}))
         return
     print(", ".join(f"{name} {value}" for name, value in circumstances().items()))
-    print(f"{arguments.updates} updates of {TOKENS} tokens", end="\n\n")
+    print(", ".join(f"{task}: {UPDATES[task]} updates of {TOKENS[task]} tokens" for task in TASKS), end="\n\n")
     print_results(designs, results)
 
 
