@@ -185,7 +185,7 @@ class Run:
         )
         if "index_topk" not in self.design.config:
             return (whole,)
-        last = self.updates // 3
+        last = -(-self.updates // 3)
         dense = replace(whole, steps=self.updates - last, schedule="constant")
         warmup = replace(whole, kind="warmup", steps=max(1, self.updates // 10), optimizer="adamw", learning_rate=4e-3)
         # The rate falls in the same updates as everybody's.
