@@ -1,8 +1,8 @@
 """Throughput, time to first token and time per token of servers of one model, at several numbers of clients.
 
 The load comes from guidellm, in a Python of its own; every server gets the same prompts of random words, no two alike,
-and writes up to as many tokens. Beside `foveal serve`: `transformers serve` and llama.cpp's server (that of
-llama-cpp-python, which answers one request after another), each if its program is named.
+and writes up to as many tokens, after one request that is not counted. Beside `foveal serve`: `transformers serve` and
+llama.cpp's server (that of llama-cpp-python, which answers one request after another), each if its program is named.
 
     python -m venv load && load/bin/pip install guidellm
     python -m venv peer && peer/bin/pip install 'transformers[serving]' accelerate torch
@@ -23,7 +23,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from foveal.models.resolve import resolve_model
 from foveal.models.tokenizer import load_tokenizer
 
 _START_SECONDS = 300
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # this machine is not behind its own proxy
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,25 @@ class Measured:
     failed: int
 
 
-def measure(guidellm: str, url: str, model: str, tokenizer: Path, load: Load, clients: int) -> Measured:
+@dataclass(frozen=True)
+class Side:
+    """One of the servers."""
+
+    server: AbstractContextManager[str]
+    """Gives its address."""
+    model: str
+    route: str = "chat/completions"
+
+    def greet(self, url: str) -> None:
+        """One short request: some load their model with the first."""
+        body: dict[str, Any] = {"model": self.model, "max_tokens": 2}
+        body |= {"messages": [{"role": "user", "content": "Hi"}]} if "chat" in self.route else {"prompt": "Hi"}
+        data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
+        with _DIRECT.open(urllib.request.Request(f"{url}/v1/{self.route}", data, headers), timeout=_START_SECONDS):
+            pass
+
+
+def measure(guidellm: str, url: str, side: Side, tokenizer: Path, load: Load, clients: int) -> Measured:
     """One level of load."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
@@ -66,8 +85,8 @@ def measure(guidellm: str, url: str, model: str, tokenizer: Path, load: Load, cl
             "".join(json.dumps({"prompt": text}) + "\n" for text in random_prompts(tokenizer, load, count))
         )
         command = [guidellm, "run", "--disable-console"]
-        # What every one of the servers understands: not all know ignore_eos, completions, or a route for their health.
-        backend = f"kind=openai_http,target={url},model={model},request_format=/v1/chat/completions"
+        # What every one of the servers understands: not all know ignore_eos, or a route for their health.
+        backend = f"kind=openai_http,target={url},model={side.model},request_format=/v1/{side.route}"
         command += ["--backend", f"{backend},validate_backend=false,extras.body.max_tokens={load.output_tokens}"]
         command += ["--profile", f"kind=concurrent,streams={clients}"]
         command += ["--constraint", f"kind=max_requests,count={count}"]
@@ -114,9 +133,8 @@ def peer(command: Sequence[str], port: int) -> Iterator[str]:
 
 
 def _answers(url: str) -> bool:
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # this machine is not behind its own proxy
     try:
-        with direct.open(f"{url}/v1/models", timeout=5):
+        with _DIRECT.open(f"{url}/v1/models", timeout=5):
             return True
     except urllib.error.HTTPError:  # as transformers says where there is no cache of the Hub
         return True
@@ -155,22 +173,26 @@ def main() -> None:
     load = Load(arguments.prompt_tokens, arguments.output_tokens, arguments.requests)
     path = resolve_model(arguments.model)
     rows = []
-    with tempfile.TemporaryDirectory() as name:
-        tokenizer = Path(name) / "tokenizer"
+    with tempfile.TemporaryDirectory() as temporary:
+        tokenizer = Path(temporary) / "tokenizer"
         load_tokenizer(path).save_pretrained(tokenizer)
         port = free_port()
-        sides = {"foveal": (served(str(path), ["--served-model-name", "model", "--dtype", "bfloat16"]), "model")}
+        flags = ["--served-model-name", "model", "--dtype", "bfloat16"]
+        sides = {"foveal": Side(served(str(path), flags), "model")}
         if arguments.transformers:
-            folder = as_transformers(path, Path(name) / "model")
+            folder = as_transformers(path, Path(temporary) / "model")
             command = [arguments.transformers, "serve", folder, "--port", str(port), "--continuous-batching"]
-            sides["transformers"] = peer(command, port), folder
+            sides["transformers"] = Side(peer(command, port), folder)
         if arguments.llama_python:
             command = [arguments.llama_python, "-m", "llama_cpp.server", "--model", str(path), "--port", str(port)]
-            sides["llama.cpp"] = peer([*command, "--model_alias", "model", "--n_ctx", "2048"], port), "model"
-        for side, (server, model) in sides.items():
-            with server as url:
+            command += ["--model_alias", "model", "--n_ctx", "2048"]
+            # Its chat fails where a message's content is a list of parts, as guidellm sends it.
+            sides["llama.cpp"] = Side(peer(command, port), "model", "completions")
+        for name, side in sides.items():
+            with side.server as url:
+                side.greet(url)
                 for clients in arguments.clients:
-                    rows.append((side, clients, measure(arguments.guidellm, url, model, tokenizer, load, clients)))
+                    rows.append((name, clients, measure(arguments.guidellm, url, side, tokenizer, load, clients)))
                     print(*rows[-1], file=sys.stderr)
     print(", ".join(f"{key} {value}" for key, value in circumstances().items()), f"cores {os.cpu_count()}")
     print(f"prompts of {load.prompt_tokens} tokens, answers of {load.output_tokens}")
@@ -178,14 +200,14 @@ def main() -> None:
         ["server", "clients", "tokens/s", "first token, ms", "a token, ms", "failed"],
         [
             [
-                side,
+                name,
                 str(clients),
                 f"{one.tokens_per_second:.1f}",
                 f"{one.first_token_milliseconds:.0f}",
                 f"{one.per_token_milliseconds:.1f}",
                 str(one.failed),
             ]
-            for side, clients, one in rows
+            for name, clients, one in rows
         ],
     )
 

@@ -1,6 +1,7 @@
-"""What every test shares: where the data lies, one thread, and no network."""
+"""What every test shares: where the data lies, one thread, no network, and random numbers of its own."""
 
 import os
+import zlib
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Triton's interpreter runs the GPU kernels on the CPU. Read when Triton is imported, which parts of torch do.
 os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def own_random_numbers(request: pytest.FixtureRequest) -> None:
+    """The same for a test wherever it runs: xdist deals tests out in another order every time."""
+    import torch
+
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
 @pytest.fixture(scope="session")

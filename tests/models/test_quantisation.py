@@ -69,7 +69,7 @@ def test_logits_are_those_of_the_dequantised_weights(folder: Path, quantization:
         expected = plain(ids_SN)
     difference_SN = (quantised(ids_SN) - expected).abs().amax(-1) / expected.abs().max()
     # Where a choice of experts is nearly a tie, the last digits decide it: all that follows in that sequence differs.
-    assert difference_SN.median() < 5e-4 and (difference_SN.amax(1) > 2e-3).sum() <= 1
+    assert difference_SN.median() < 5e-4 and (difference_SN.amax(1) > 5e-3).sum() <= 1
     assert (load_model(folder, dtype="float32")(ids_SN) - expected).abs().max() > 2e-3 * expected.abs().max()
 
 

@@ -16,7 +16,8 @@ from foveal.server.run import configuration, listen
 from foveal.server.service import Service, Settings
 
 MODEL = "tiny"
-_PATIENCE = 30.0
+_PATIENCE = 300.0
+"""Seconds after which a test gives up: for what hangs, not for what a busy machine delays."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,13 @@ class Server:
     def client(self, **settings: Any) -> openai.OpenAI:
         """OpenAI's own client."""
         return openai.OpenAI(
-            base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 60} | settings
+            base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": _PATIENCE} | settings
         )
 
     def async_client(self, **settings: Any) -> openai.AsyncOpenAI:
         """The same for asyncio."""
         return openai.AsyncOpenAI(
-            base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 120} | settings
+            base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": _PATIENCE} | settings
         )
 
     def settle(self) -> None:

@@ -12,6 +12,7 @@ from foveal.kernels.dispatch import Operation
 from foveal.kernels.divergence import index_divergence
 from foveal.kernels.flash import flash_attention, flash_forward
 from foveal.kernels.keys import Columns, Contexts, KeySource, OneHead, Queries, Rows
+from foveal.kernels.large_pages import settle
 from foveal.kernels.matmul import QUANTIZATIONS, QuantisedWeight, linear, pack_weight, quantise_weight
 from foveal.kernels.moe import experts
 from foveal.kernels.norm import add_rms_norm, rms_norm
@@ -56,6 +57,7 @@ __all__ = [
     "s4d",
     "select",
     "selective_scan",
+    "settle",
     "sparse_attention",
     "sparse_gradients",
     "ssd",

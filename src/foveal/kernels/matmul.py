@@ -73,6 +73,10 @@ class QuantisedWeight:
         parts = self.values.data_ptr(), self.scales.data_ptr(), self.lows.data_ptr()
         return *parts, outputs, inputs, self.group
 
+    def forget_place(self) -> None:
+        """The parts have been moved."""
+        self.__dict__.pop("place", None)
+
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """The tensors that there are."""

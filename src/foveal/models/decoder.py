@@ -24,7 +24,7 @@ from foveal.config.model import (
     MoEConfig,
     S4DConfig,
 )
-from foveal.kernels import QuantisedWeight, linear, pack_weight, quantise_weight
+from foveal.kernels import QuantisedWeight, linear, pack_weight, quantise_weight, settle
 from foveal.kernels.cpu.block import AnyBlock
 from foveal.nn.batch import Batch
 from foveal.nn.fused import Part, fuse
@@ -129,7 +129,18 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear | Experts):
                 module.pack()
+        self._settle()
         self.fuse()
+
+    def _settle(self) -> None:
+        """What a step reads lies together, in large pages."""
+        modules = [module for module in self.modules() if isinstance(module, Linear | Experts)]
+        rounded = [weight for module in modules for weight in module.rounded]
+        if isinstance(self._packed_head, QuantisedWeight):
+            rounded.append(self._packed_head)
+        settle([*self.parameters(), *(part for weight in rounded for part in weight.parts)])
+        for weight in rounded:
+            weight.forget_place()
 
     @property
     def fused(self) -> bool:

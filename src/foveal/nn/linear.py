@@ -34,6 +34,11 @@ class Linear(nn.Module):
         self.quantised = quantise_weight(self.weight, quantization)
         del self.weight
 
+    @property
+    def rounded(self) -> tuple[QuantisedWeight, ...]:
+        """The weights that `quantise` left."""
+        return () if self.quantised is None else (self.quantised,)
+
 
 class ExactLinear(Linear):
     """A linear layer that is never quantised."""

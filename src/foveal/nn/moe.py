@@ -99,6 +99,11 @@ class Experts(nn.Module):
         self.quantised = gate_up, quantise_weight(self.down_proj, quantization)
         del self.gate_up_proj, self.down_proj
 
+    @property
+    def rounded(self) -> tuple[QuantisedWeight, ...]:
+        """The weights that `quantise` left."""
+        return self.quantised or ()
+
 
 class MoE(nn.Module):
     """Routed experts plus the shared expert."""

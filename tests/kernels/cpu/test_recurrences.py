@@ -78,13 +78,13 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(operation: Any, inputs: Inputs, lengths: list[int], isa: str, tolerance: float = 4e-6) -> None:
-    """One call beside the reference."""
+    """One call beside the reference; results far below their inputs, which are about 1, are what cancellation left."""
     queries = make_queries(lengths, lengths)
     found = operation(*inputs, queries, version=isa)
     expected = operation(*(None if x is None else x.double() for x in inputs), queries, version="reference")
     for result, wanted in zip(found, expected, strict=True):
         assert result.shape == wanted.shape
-        assert (result.double() - wanted).norm() <= tolerance * wanted.norm()
+        assert (result.double() - wanted).norm() <= tolerance * max(wanted.norm(), 1.0)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -126,7 +126,7 @@ def test_processes_build_together(tmp_path: Path, tokenizer: PreTrainedTokenizer
     processes = [context.Process(target=_build, args=(tmp_path, source, start, results)) for _ in range(3)]
     for process in processes:
         process.start()
-    sizes = {results.get(timeout=60) for _ in processes}
+    sizes = {results.get(timeout=300) for _ in processes}
     for process in processes:
         process.join()
     assert len(sizes) == 1 and len(built(tmp_path / "cache")) == 1
