@@ -69,6 +69,22 @@ BEFORE = {
 }
 
 
+def test_associations_fill_a_row_with_answers(tokenizer: PreTrainedTokenizerBase) -> None:
+    """No special tokens, no text; few pairs and many; only the values of keys that were told are learnt."""
+    source = rows(tokenizer, ["mqar"], min_length=256, context=256, other_weight=0.0)
+    numbers = set()
+    for number in range(40):
+        row = source.row(number)
+        ids, (weights, *rest) = row.sequences[0].tolist(), row.loss_weights or ()
+        assert sum(map(len, row.sequences)) == 256 and not any(part.any() for part in rest)
+        ((first, _), *_) = spans = answer_spans(weights > 0)
+        told = dict(zip(ids[: first - 1 : 2], ids[1 : first - 1 : 2], strict=True))
+        numbers.add(len(told))
+        assert all(stop - start == 1 and told[ids[start - 1]] == ids[start] for start, stop in spans)
+        assert len(spans) == 127 - len(told) and not set(ids[:-2]) & set(tokenizer.all_special_ids)
+    assert min(numbers) < 4 and max(numbers) > 40
+
+
 def test_a_begin_token_comes_first(tokenizer: PreTrainedTokenizerBase) -> None:
     """Where the tokenizer puts one before prompts, made-up documents begin like all others."""
     backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())

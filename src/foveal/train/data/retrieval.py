@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foveal.evaluate.tasks import NOISE, RULER, Haystack, Setting
+from foveal.evaluate.tasks.associations import draw_associations
 from foveal.evaluate.tasks.words import ADJECTIVES, NOUNS, draw_number, draw_pairs, draw_uuid
 from foveal.train.data import phrases
 from foveal.train.data.haystacks import Hay
@@ -75,6 +76,7 @@ class RetrievalRows:
             "multikey": self._multikey,
             "recall": self._recall,
             "copy": self._copy,
+            "mqar": self._mqar,
             **{name: partial(self._ruler, name) for name in RULER},
         }
 
@@ -199,6 +201,12 @@ class RetrievalRows:
         made = self._finish(draft, dice, length)
         assert made is not None
         return made
+
+    def _mqar(self, dice: Random, length: int) -> _Snippet:
+        """Pairs of single tokens, their number evenly on a logarithmic scale; queries fill the rest."""
+        ids = self._encoder.plain
+        pairs = int((1 + min(length // 4, len(ids) // 2)) ** dice.random())
+        return _Snippet(*draw_associations(dice, ids, pairs, length // 2 - pairs))
 
     def _ruler(self, name: str, dice: Random, length: int) -> _Snippet | None:
         """One of RULER's questions, in its own noise or in ours."""

@@ -9,7 +9,17 @@ from foveal.train.recipe import key
 END_OF_TEXT = "<|endoftext|>"
 
 Task = Literal[
-    "passkey", "multikey", "recall", "copy", "niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe"
+    "passkey",
+    "multikey",
+    "recall",
+    "copy",
+    "mqar",
+    "niah_single_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+    "vt",
+    "cwe",
+    "fwe",
 ]
 """Those from niah_single_1 on are RULER's, as `foveal.evaluate` asks them: one question a document."""
 
@@ -64,7 +74,8 @@ class RetrievalSettings:
     name: str | None = key("what logs call this source", None)
     weight: float = key("share of all tokens, relative to the other sources", 1.0, above=0)
     tasks: tuple[Task, ...] = key(
-        "kinds of documents, equally often (name one twice for twice as many); the last six are those of RULER",
+        "kinds of documents, equally often (name one twice for twice as many); mqar: pairs of single tokens, then keys "
+        "that want their values, which alone can be known: other_weight = 0; the last six are those of RULER",
         ("passkey", "multikey", "recall", "copy"),
     )
     haystack: str | None = key("the name of the text source to hide things in; none: plain made-up sentences", None)

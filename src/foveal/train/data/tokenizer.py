@@ -101,6 +101,9 @@ class Encoder:
         self.begin: list[int] = around[:-1] if around[-1:] == [self.end] else around
         """What the tokenizer puts before every text."""
         self.size = len(tokenizer)
+        added = self._backend.get_added_tokens_decoder()
+        self.plain: list[int] = [i for i in range(self.size) if i not in added]
+        """The ids of text: no special tokens."""
         self.hash = short_hash(backend.to_str(), self.end)
 
     def documents(self, texts: Sequence[str]) -> list[list[int]]:
