@@ -156,6 +156,15 @@ def test_stored_in_bfloat16(recipe: Make) -> None:
     assert load_model(written).options.dtype == torch.float32
 
 
+def test_an_adapter_stored_in_bfloat16(recipe: Make, base: Path) -> None:
+    """An adapter that is larger than its matrices need."""
+    (written,) = Trainer(recipe(stage("warmup", 1), f'start = "{base}"\n{INDEXER}', stored_dtype="bfloat16")).train()
+    with safe_open(written / "adapter.safetensors", "pt") as file:
+        tensors = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
+    assert {x.dtype for x in tensors if x.dim() > 1} == {torch.bfloat16}
+    assert {x.dtype for x in tensors if x.dim() == 1} == {torch.float32}
+
+
 def test_what_a_narrow_model_keeps_in_float32_is_stored_so(recipe: Make, tmp_path: Path) -> None:
     """Decays of a recurrent layer that are rounded because they happen to be a matrix."""
     make_oracle("mamba", tmp_path / "mamba", vocab_size=320)

@@ -52,7 +52,8 @@ class TrainedModel:
         for, and adapter/ for indexers that the base does not have. Returns what was written; OSError where that
         fails."""
         output, written = run.output, []
-        tensors = _stored(self.decoder, run.stored_dtype)
+        as_adapter = self.added is not None and not merge
+        tensors = _stored(self.decoder, run.stored_dtype, as_adapter)
         if self._writes_model(base_learned, merge):
             assert self.raw_config is not None
             # Of the base's stored weights, not of those written.
@@ -64,7 +65,7 @@ class TrainedModel:
                 kept = {name: tensor for name, tensor in tensors.items() if not is_indexer(name)}
             save_model(kept, config, self.decoder.options.dtype, output / "model", tokenizer)
             written.append(output / "model")
-        if self.added is not None and not merge:
+        if self.added is not None and as_adapter:
             indexers = {name: tensor for name, tensor in tensors.items() if is_indexer(name)}
             save_adapter(indexers, self._adapter(self.added, output, base_learned), output / "adapter")
             written.append(output / "adapter")
@@ -81,16 +82,18 @@ class TrainedModel:
         )
 
 
-def _stored(decoder: Decoder, dtype: str | None) -> dict[str, Tensor]:
+def _stored(decoder: Decoder, dtype: str | None, as_adapter: bool) -> dict[str, Tensor]:
     """Every tensor as it is written: matrices in the dtype that is asked for, but for those that a model of that dtype
-    has in float32. What is small stays, and so does a fingerprint."""
+    has in float32 (in an adapter, which is to be small, indexers have none). What is small stays, and so does a
+    fingerprint."""
     tensors = checkpoint_tensors(decoder)
     if dtype is None:
         return tensors
     wanted: torch.dtype = getattr(torch, dtype)
     with torch.device("meta"):
         like = checkpoint_tensors(Decoder(decoder.config, Options(wanted)))
-    return {name: x.to(wanted) if x.dim() > 1 and like[name].dtype == wanted else x for name, x in tensors.items()}
+    narrow = {name for name, x in like.items() if x.dtype == wanted or (as_adapter and is_indexer(name))}
+    return {name: x.to(wanted) if x.dim() > 1 and name in narrow else x for name, x in tensors.items()}
 
 
 def begin(settings: ModelSettings, seed: int) -> TrainedModel:
