@@ -1,6 +1,6 @@
 """A training run as a picture, from the log.jsonl that `foveal train` keeps in its output folder.
 
-    python benchmarks/training_plot.py LOG --plot FILE
+    python benchmarks/training_plot.py LOG --plot FILE [--smooth 20]
 
 Losses of every stage over the tokens read, with those on held-out text; below, how many passkeys were found, where the
 run looked for any.
@@ -12,15 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_SMOOTHED = 20  # updates that one point of a curve is the mean of
 _PASSKEY = "passkey_"
 
 Line = dict[str, Any]
 
 
-def smoothed(values: Sequence[float]) -> list[float]:
-    """Means of up to `_SMOOTHED` values that end at each."""
-    return [sum(values[max(0, i - _SMOOTHED + 1) : i + 1]) / min(i + 1, _SMOOTHED) for i in range(len(values))]
+def smoothed(values: Sequence[float], width: int) -> list[float]:
+    """Means of up to `width` values that end at each."""
+    return [sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))]
 
 
 def runs_of(lines: Sequence[Line], loss: str) -> list[list[Line]]:
@@ -35,7 +34,7 @@ def runs_of(lines: Sequence[Line], loss: str) -> list[list[Line]]:
     return parts
 
 
-def plot(lines: Sequence[Line], file: Path) -> None:
+def plot(lines: Sequence[Line], file: Path, smooth: int) -> None:
     """Draw it."""
     from matplotlib import pyplot
 
@@ -51,14 +50,17 @@ def plot(lines: Sequence[Line], file: Path) -> None:
         height_ratios=ratios,
     )
     losses = panels[0][0]
-    tokens = {line["update"]: line["tokens"] / 1e6 for line in lines if "tokens" in line}
     for place, (loss, label) in enumerate({"loss": "next token", "index_loss": "indexers, all layers"}.items()):
         for part in runs_of(lines, loss):
             at = [line["tokens"] / 1e6 for line in part]
-            losses.plot(at, smoothed([line[loss] for line in part]), color=f"C{place}", label=label)
+            losses.plot(at, smoothed([line[loss] for line in part], smooth), color=f"C{place}", label=label)
             label = ""
-    events = [line for line in lines if "held_out_loss" in line and line["update"] in tokens]
-    at = [tokens[line["update"]] for line in events]
+    events, at, tokens = [], [], 0.0
+    for line in lines:
+        tokens = line["tokens"] / 1e6 if "tokens" in line else tokens
+        if "held_out_loss" in line:
+            events.append(line)
+            at.append(tokens)
     losses.plot(at, [line["held_out_loss"] for line in events], "k.", label="next token, held-out text")
     losses.set(yscale="log", ylabel="loss, nats")
     losses.legend()
@@ -76,8 +78,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("log", type=Path, help="log.jsonl of a run")
     parser.add_argument("--plot", type=Path, required=True, metavar="FILE", help="where to draw (needs matplotlib)")
+    parser.add_argument("--smooth", type=int, default=20, help="lines of the log that a point is the mean of")
     arguments = parser.parse_args()
-    plot([json.loads(line) for line in arguments.log.read_text(encoding="utf-8").splitlines()], arguments.plot)
+    lines = [json.loads(line) for line in arguments.log.read_text(encoding="utf-8").splitlines()]
+    plot(lines, arguments.plot, arguments.smooth)
 
 
 if __name__ == "__main__":
