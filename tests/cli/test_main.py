@@ -69,7 +69,7 @@ def test_mistakes_end_in_one_line(run: Any, tiny_model: str, arguments: list[str
 
 @pytest.mark.parametrize(
     "arguments",
-    [["generate", "m"], ["generate", "m", "hello", "--file", "f"], ["generate", "m", "hello", "--bogus"], ["nothing"]],
+    [["generate"], ["generate", "m", "hello", "--file", "f"], ["generate", "m", "hello", "--bogus"], ["nothing"]],
 )
 def test_usage_errors_exit_with_2(run: Any, arguments: list[str]) -> None:
     """Guards against a misspelt call that goes on with defaults."""

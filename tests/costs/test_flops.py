@@ -308,7 +308,7 @@ def _routed(self: Router, x_TD: torch.Tensor) -> Routing:
     return Routing(logits_TE, x_TD.new_empty(tokens, self.per_token), chosen_TA)
 
 
-def _turns(rope: Any, positions_T: torch.Tensor, lengths: Any) -> torch.Tensor:
+def _turns(rope: Any, positions_T: torch.Tensor, lengths: Any, *, exact: bool) -> torch.Tensor:
     return torch.empty(len(positions_T), rope.dim // 2, dtype=torch.complex64, device="meta")
 
 

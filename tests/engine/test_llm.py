@@ -14,7 +14,7 @@ from foveal.engine.params import SamplingParams
 
 from .fakes import EOS, VOCABULARY, ByteTokenizer, FakeModel, FakeStore, greedy_tokens
 
-PLAN = SimpleNamespace(page_bytes=1000, slot_bytes=0, window=None, has_slots=False)
+PLAN = SimpleNamespace(page_bytes=1000, slot_bytes=0, window=None, sinks=0, has_slots=False)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=5)
 
 
@@ -158,9 +158,11 @@ def test_options_arrive(decoder: FakeDecoder, monkeypatch: pytest.MonkeyPatch) -
         device="cpu",
         quantization="int4",
         adapter="beside",
+        streaming="4+60",
     )
     assert options == {
         "adapter": "beside",
+        "streaming": "4+60",
         "dtype": "auto",
         "device": "cpu",
         "index_dtype": "fp8",
