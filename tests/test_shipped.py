@@ -59,6 +59,19 @@ def test_it_writes_english() -> None:
     assert len(words) > 15 and len({"the", "and", "to", "of", "a", "i", "that"} & set(words)) >= 3
 
 
+def test_transformers_computes_the_same() -> None:
+    """A model that only this library reads, or reads in its own way."""
+    from transformers import AutoModelForCausalLM
+
+    folder = resolve_model("builtin")
+    oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    mine = load_model("builtin", dtype="float32", index_dtype="float32")
+    ids_1N = torch.tensor([load_tokenizer(folder).encode(Path(__file__).read_text())[:300]])
+    assert mine.config.index_topk is not None and ids_1N.shape[1] > 2 * mine.config.index_topk
+    with torch.no_grad():
+        torch.testing.assert_close(mine(ids_1N), oracle(ids_1N).logits, rtol=1e-3, atol=1e-3)
+
+
 def test_the_adapter_is_smollm2s() -> None:
     """Indexers for other layers or of another shape than their config says."""
     folder = resolve_adapter("smollm2-indexers")

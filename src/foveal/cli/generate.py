@@ -79,11 +79,11 @@ def generate(
 
 def _model_and_prompt(words: list[str], file: Path | None) -> tuple[str, str]:
     """A lone word is a prompt for the model inside the package, or a model's name where a file has the prompt."""
-    from foveal.models.resolve import BUILTIN, names_a_model
-
     models = words if file is not None else words[:-1]
     if len(models) > 1 or (file is None and not words):
         raise typer.BadParameter("give one MODEL at most, and exactly one of PROMPT and --file", param_hint="PROMPT")
+    from foveal.models.resolve import BUILTIN, names_a_model
+
     model = models[0] if models else BUILTIN
     if file is not None:
         return model, file.read_text(encoding="utf-8")

@@ -1,6 +1,7 @@
 """Attention with sinks (StreamingLLM, arXiv 2309.17453): the first tokens and the latest, for endless sequences."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,8 +67,7 @@ def _streaming_tiled(
     """Both kinds of scores side by side, tile by tile."""
     parts = []
     most = max(1, TILE_SCORES // (q_THP.shape[1] * (window + sinks)))
-    for s, rows, first in _tiles(queries, min(most, max(window, _LEAST_TILE))):
-        start, far, stop = _reach(first, rows, window, sinks)
+    for s, rows, first, start, stop, far in _tiles(queries, min(most, max(window, _LEAST_TILE)), window, sinks):
         position_t1 = torch.arange(first, stop, device=q_THP.device)[:, None]
         scores_GhtN = torch.cat(
             (
@@ -95,8 +95,7 @@ def _streaming_merged(
 ) -> Tensor:
     """The window by `flash_forward`, the few sinks by hand; two softmaxes make one by their log-sum-exps."""
     parts = []
-    for s, rows, first in _tiles(queries, max(window, _LEAST_TILE)):
-        start, far, stop = _reach(first, rows, window, sinks)
+    for s, rows, first, start, stop, far in _tiles(queries, max(window, _LEAST_TILE), window, sinks):
         k_nGP, v_nGV = (source.context(s, start, stop) for source in (keys, values))
         inputs = (x[None] for x in (q_THP[rows], k_nGP, v_nGV))
         out_tHV, lse_tH = (x[0] for x in flash_forward(*inputs, causal=True, scale=scale, window=window, sinks=0))
@@ -111,18 +110,28 @@ def _streaming_merged(
     return torch.cat(parts)
 
 
-def _tiles(queries: Queries, most: int) -> Iterator[tuple[int, slice, int]]:
-    """(sequence, rows, position of the first) of at most so many queries that follow one another."""
-    for s, (row, count, first) in enumerate(queries):
+class _Tile(NamedTuple):
+    """Queries that follow one another, and what they see: the union of their windows, and sinks, which may overlap."""
+
+    sequence: int
+    rows: slice
+    first: int
+    """Position of the first query."""
+    start: int
+    stop: int
+    """Windows lie in positions [start, stop)."""
+    far: int
+    """Sinks that some window has left behind are in positions [0, far)."""
+
+
+def _tiles(queries: Queries, most: int, window: int, sinks: int) -> Iterator[_Tile]:
+    """All queries, at most so many at once."""
+    for s, (row, count, first_of_all) in enumerate(queries):
         for lower in range(0, count, most):
             upper = min(lower + most, count)
-            yield s, slice(row + lower, row + upper), first + lower
-
-
-def _reach(first: int, rows: slice, window: int, sinks: int) -> tuple[int, int, int]:
-    """What a tile sees: positions [start, stop) through windows, and [0, far) as sinks, which may overlap."""
-    stop = first + rows.stop - rows.start
-    return max(0, first + 1 - window), min(sinks, max(0, stop - window)), stop
+            first, stop = first_of_all + lower, first_of_all + upper
+            start, far = max(0, first + 1 - window), min(sinks, max(0, stop - window))
+            yield _Tile(s, slice(row + lower, row + upper), first, start, stop, far)
 
 
 def _far_scores(q_tHP: Tensor, k_nGP: Tensor, position_t1: Tensor, window: int) -> Tensor:

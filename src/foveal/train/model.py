@@ -52,8 +52,8 @@ class TrainedModel:
         for, and adapter/ for indexers that the base does not have. Returns what was written; OSError where that
         fails."""
         output, written = run.output, []
-        as_adapter = self.added is not None and not merge
-        tensors = _stored(self.decoder, run.stored_dtype, as_adapter)
+        apart = None if merge else self.added
+        tensors = _stored(self.decoder, run.stored_dtype, as_adapter=apart is not None)
         if self._writes_model(base_learned, merge):
             assert self.raw_config is not None
             # Of the base's stored weights, not of those written.
@@ -65,9 +65,9 @@ class TrainedModel:
                 kept = {name: tensor for name, tensor in tensors.items() if not is_indexer(name)}
             save_model(kept, config, self.decoder.options.dtype, output / "model", tokenizer)
             written.append(output / "model")
-        if self.added is not None and as_adapter:
+        if apart is not None:
             indexers = {name: tensor for name, tensor in tensors.items() if is_indexer(name)}
-            save_adapter(indexers, self._adapter(self.added, output, base_learned), output / "adapter")
+            save_adapter(indexers, self._adapter(apart, output, base_learned), output / "adapter")
             written.append(output / "adapter")
         return written
 
@@ -82,7 +82,7 @@ class TrainedModel:
         )
 
 
-def _stored(decoder: Decoder, dtype: str | None, as_adapter: bool) -> dict[str, Tensor]:
+def _stored(decoder: Decoder, dtype: str | None, *, as_adapter: bool) -> dict[str, Tensor]:
     """Every tensor as it is written: matrices in the dtype that is asked for, but for those that a model of that dtype
     has in float32 (in an adapter, which is to be small, indexers have none). What is small stays, and so does a
     fingerprint."""
