@@ -95,6 +95,22 @@ def test_side_by_side(run: Any) -> None:
     assert alone["model"] == "llama-3-70b mla" and alone["cache"]["bytes_per_token"] == 80 * 1152
 
 
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_a_table_wider_than_the_terminal_goes_on_below(
+    run: Any, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    """Labels and numbers broken in the middle: rich takes the space inside 32 768 for a place to break at."""
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    models = ["deepseek-v3.2", "glm-5", "jamba-1.5-large", "kimi-linear-48b", "llama-3-70b"]
+    printed = re.sub(r"\x1b\[[0-9;]*m", "", run("plan", "--compare", *models).out).splitlines()
+    lines = [line.rstrip() for line in printed if ": " not in line]  # not the notes
+    assert max(map(len, lines)) <= columns
+    labels = {re.split("  +", line)[0].replace("\N{NARROW NO-BREAK SPACE}", "") for line in lines}
+    assert labels >= {"· feed-forward, experts", "cache of 32768 tokens", "decoding a token that sees 32768", "devices"}
+    assert [name for line in lines if line.startswith(" ") for name in line.split()] == 3 * models
+
+
 def test_ranks(run: Any, tmp_path: Path) -> None:
     """The spectrum of weights, in the table and in JSON."""
     make_oracle("mistral", tmp_path)
