@@ -124,6 +124,15 @@ def test_deepseek_v32_as_released() -> None:
     assert config.fp8_blocks is not None and config.mtp_layers == 1 and config.dtype == "bfloat16"
 
 
+def test_prediction_layers_that_are_not_there() -> None:
+    """A config that says that there are none (Moonlight's), read as one that says nothing, where V3 has one."""
+    raw = {key: value for key, value in DEEPSEEK_V32.items() if not key.startswith(("index_", "num_nextn"))}
+    raw["model_type"] = "deepseek_v3"
+    assert read_config(raw).mtp_layers == 1
+    assert [read_config(raw | {"num_nextn_predict_layers": count}).mtp_layers for count in (0, 1, 2)] == [0, 1, 2]
+    assert read_config(raw | {"num_mtp_layers": 0}).mtp_layers == 0
+
+
 def test_v5_spelling_says_the_same() -> None:
     """`rope_parameters` and `mlp_layer_types` being read differently from `rope_theta` and `first_k_dense_replace`."""
     new = {key: value for key, value in DEEPSEEK_V32.items() if key not in ("rope_theta", "rope_scaling")}
@@ -369,3 +378,7 @@ def test_files(tmp_path: Path) -> None:
         read_config(tmp_path)
     with pytest.raises(FileNotFoundError):
         read_config(tmp_path / "nowhere")
+    with (tmp_path / "model.safetensors").open("wb") as weights:
+        weights.truncate(1 << 40)  # a file with nothing in it
+    with pytest.raises(ValueError, match="larger than 64 MiB"):  # not read whole, which would take all memory
+        read_config(tmp_path / "model.safetensors")

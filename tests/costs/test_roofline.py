@@ -107,6 +107,15 @@ def test_fewest_devices() -> None:
     assert many == 16  # 174 GiB need 9, and each of 8 experts is cut in two
 
 
+def test_the_fewest_devices_hold_a_sequence_and_its_snapshots() -> None:
+    """Devices that are said to hold what then does not fit: between a state and its snapshots."""
+    setup = setup_of("jamba-1.5-large", device=DEVICES["h100"], devices=16)
+    room = 0.9 * 80e9 * 16 - weight_bytes(setup.config, "bfloat16")
+    context = int((room - setup.cache.state_bytes) / setup.cache.bytes_per_token) - 100
+    assert setup.cache.sequence_bytes(context) < room and largest_batch(setup, context) == 0
+    assert fewest_devices(setup.config, "bfloat16", setup.cache, DEVICES["h100"], context) == 32
+
+
 def test_experts_that_a_batch_reads() -> None:
     """The expected number of different experts, against counting."""
     generator = random.Random(0)

@@ -10,6 +10,9 @@ from foveal.config.families.common import WeightNames
 from foveal.config.fields import Fields
 from foveal.config.model import ModelConfig
 
+_LONGEST = 64 << 20
+"""Bytes; weights that are given for a config would be read whole, and then refused."""
+
 
 def read_config(source: str | Path | Mapping[str, Any]) -> ModelConfig:
     """Read a config.json (file, directory that holds one, or its parsed content).
@@ -36,8 +39,12 @@ def weight_names(family: str) -> WeightNames:
 
 def _parse(path: Path) -> dict[str, Any]:
     file = path / "config.json" if path.is_dir() else path
+    with file.open("rb") as stream:  # also a pipe, whose size nobody knows
+        content = stream.read(_LONGEST + 1)
+    if len(content) > _LONGEST:
+        raise ValueError(f"{file} is larger than {_LONGEST >> 20} MiB: no config.json is")
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = json.loads(content.decode("utf-8"))
     except ValueError as error:  # also where it is not UTF-8
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     except RecursionError:

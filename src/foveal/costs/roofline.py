@@ -88,8 +88,7 @@ def prefill_time(setup: Setup, tokens: int) -> StepTime:
 def largest_batch(setup: Setup, context: int) -> int:
     """Sequences of `context` tokens that fit beside the weights in MEMORY_SHARE of the memory; 0: not even one."""
     room = MEMORY_SHARE * setup.device.memory_bytes * setup.devices - weight_bytes(setup.config, setup.weight_dtype)
-    # Beside each sequence's own state the engine keeps snapshots for those that begin alike.
-    return max(0, int(room // (setup.cache.sequence_bytes(context) + setup.cache.snapshot_bytes)))
+    return max(0, int(room // _reserved_bytes(setup.cache, context)))
 
 
 def fewest_devices(config: ModelConfig, weight_dtype: str, cache: CacheCost, device: Device, context: int) -> int:
@@ -97,12 +96,17 @@ def fewest_devices(config: ModelConfig, weight_dtype: str, cache: CacheCost, dev
     no link to others, whether it holds them or not."""
     if device.link_bytes_per_second is None:
         return 1
-    needed = weight_bytes(config, weight_dtype) + cache.sequence_bytes(context)
+    needed = weight_bytes(config, weight_dtype) + _reserved_bytes(cache, context)
     devices = math.ceil(needed / (MEMORY_SHARE * device.memory_bytes))
     experts = {block.operation.experts for block in config.blocks if isinstance(block.operation, MoEConfig)}
     while not all(spreads_evenly(count, devices) for count in experts):
         devices += 1
     return devices
+
+
+def _reserved_bytes(cache: CacheCost, context: int) -> int:
+    """What the engine keeps for a sequence: beside its own state, snapshots for others that begin alike."""
+    return cache.sequence_bytes(context) + cache.snapshot_bytes
 
 
 def price_per_million(tokens_per_second: float, price_per_hour: float) -> float:

@@ -9,7 +9,9 @@ NAMES = common.LLAMA_NAMES
 
 def read(fields: Fields) -> ModelConfig:
     """See `foveal.config.read_config`."""
-    fields.default(**common.V3_DEFAULTS, num_mtp_layers=1)
+    fields.default(**common.V3_DEFAULTS)
+    if "num_nextn_predict_layers" not in fields.raw:
+        fields.default(num_mtp_layers=1)  # Moonlight's config says that there are none
     attention = common.mla(fields, interleaved=fields.flag("rope_interleave", True))
     feed_forwards = common.sparse_feed_forwards(fields, common.moe(fields, common.noaux_router(fields)))
     return common.model(fields, tuple((BlockConfig(attention), BlockConfig(part)) for part in feed_forwards))
