@@ -37,6 +37,27 @@ def test_table_says_what_counts(run: Any) -> None:
     assert "does not pay" in text and "price of a million tokens" in text
 
 
+def rows_of(run: Any, *arguments: str) -> dict[str, str]:
+    """The table's cells by their label."""
+    lines = run("plan", *arguments).out.replace("\N{NARROW NO-BREAK SPACE}", "").splitlines()
+    cells = (re.split("  +", line.strip(), maxsplit=1) for line in lines)
+    return {found[0]: found[1] for found in cells if len(found) == 2}
+
+
+def test_rows_without_a_meaning_are_left_out(run: Any) -> None:
+    """A head of 0 parameters, a share of attention where there is none, what is still read where all of it is."""
+    recurrent = rows_of(run, "mamba-2.8b")
+    assert recurrent["· LM head"] == "129 M" and recurrent["fixed in all"] == "2777681920"
+    assert "the embedding" in run("plan", "mamba-2.8b").out
+    assert not {"· share of attention and indexer", "· of which still read", "dense"} & recurrent.keys()
+    windowed = rows_of(run, "mistral-7b", "--page-size", "16")
+    assert windowed["· of which still read"] == "512.00 MiB"
+    assert windowed["expected waste in the last page"] == "7.5 tokens (0.18 %)"
+    sparse = rows_of(run, "deepseek-v3.2")
+    assert sparse["dense, fixed"] == "36624596992" and sparse["sparse, fixed"] == "54874079232"
+    assert sparse["· merged"] == "470 M" and "· of which still read" not in sparse
+
+
 def test_help_names_it(run: Any) -> None:
     """A command that is written and not registered."""
     assert "plan" in run("--help").out
@@ -214,8 +235,8 @@ def test_curves_are_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_how_numbers_are_written() -> None:
     """A prefix that is a thousand times off, or digits that round into the next one."""
-    assert [amount(n) for n in (0, 12, 999, 1000, 999_600, 54_874_079_232, 2.5e18)] == [
-        *("0", "12", "999", "1 k", "1000 k", "54.9 G", "2.5 E")
+    assert [amount(n) for n in (0, 12, 999, 1000, 999_600, 54_874_079_232, 2.5e18, 1.6e23)] == [
+        *("0", "12", "999", "1 k", "1000 k", "54.9 G", "2.5 E", "160 Z")
     ]
     assert [byte_size(n) for n in (0, 1023, 1024, 32000 * 65536)] == ["0 B", "1023 B", "1.00 KiB", "1.95 GiB"]
     assert [seconds(t) for t in (0.0, 3.91e-8, 2e-6, 0.0123, 99999.0)] == [

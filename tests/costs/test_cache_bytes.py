@@ -167,6 +167,16 @@ def test_waste_of_the_last_page() -> None:
     assert cache_cost(config, cache_dtypes("bfloat16"), 64).expected_waste(1024) == 31.5 / 1055.5
 
 
+@pytest.mark.parametrize(("sinks", "window"), [(0, 1000), (4, 1020), (70, 333)])
+def test_waste_behind_a_window(sinks: int, window: int) -> None:
+    """A share of pages that were given back long ago."""
+    cost = cost_of(with_streaming(read_config(released("llama-3-70b")), sinks, window), "bfloat16")
+    lengths = range(64 * 1000, 64 * 1001)
+    places = sum(cost.sequence_pages(n) * 64 for n in lengths) / 64
+    assert cost.expected_waste(64_000) == pytest.approx(31.5 / places)
+    assert cost.expected_waste(100) == 31.5 / 131.5
+
+
 @pytest.mark.parametrize(
     ("arguments", "culprit"),
     [(("int3",), "int3"), (("bfloat16", "int4"), "int4"), (("bfloat16", "auto", "int5"), "int5")],

@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 
 from foveal.config import read_config
 from foveal.config.model import Fp8Blocks
+from foveal.costs import apply_variant
+from foveal.costs.cache_bytes import cache_cost, cache_dtypes
 from foveal.costs.spectrum import LayerSpectrum, latent_spectrum
 from foveal.costs.tensors import Tensors
 
@@ -50,26 +52,36 @@ def test_against_torch(tmp_path: Path) -> None:
     for share in (0.9, 0.95, 0.99, 0.999):
         rank = spectrum.rank(share)
         assert sum(spectrum.energy[:rank]) >= share - 1e-9 > sum(spectrum.energy[: rank - 1]) - 1e-9
-        assert spectrum.saved(share) == 1 - rank / spectrum.numbers
+        assert spectrum.saved(share) == 1 - (rank + spectrum.rope_key) / spectrum.numbers
 
 
 def test_latent_attention_and_hybrids(tmp_path: Path) -> None:
     """The expansion of a latent being missed, or Jamba's other layers being looked for."""
     make_oracle("deepseek_v2", tmp_path / "a")
     spectra = latent_spectrum(tmp_path / "a", read_config(tmp_path / "a"))
-    assert [(spectrum.layer, spectrum.numbers, len(spectrum.energy)) for spectrum in spectra] == [
-        (layer, 40, 40) for layer in range(3)
+    assert [(found.layer, found.numbers, found.rope_key, len(found.energy)) for found in spectra] == [
+        (layer, 48, 8, 40) for layer in range(3)
     ]
     make_oracle("jamba", tmp_path / "b")
     assert [spectrum.layer for spectrum in latent_spectrum(tmp_path / "b", read_config(tmp_path / "b"))] == [2]
 
 
+def test_what_is_saved_is_what_the_variant_saves(tmp_path: Path) -> None:
+    """The loose account that this tool corrects elsewhere: the cached row is the latent and a rope key."""
+    make_oracle("llama", tmp_path)
+    config = read_config(tmp_path)
+    spectrum = latent_spectrum(tmp_path, config)[0]
+    latent = apply_variant(config, f"mla:{spectrum.rank(0.95)}")
+    now, then = (cache_cost(model, cache_dtypes("float32")).bytes_per_token for model in (config, latent))
+    assert spectrum.saved(0.95) == pytest.approx(1 - then / now)
+
+
 def test_rank_at_the_edge() -> None:
     """An off-by-one in how many directions are kept."""
-    spectrum = LayerSpectrum(0, 8, (0.5, 0.4, 0.05, 0.04, 0.01))
+    spectrum = LayerSpectrum(0, 8, 1, (0.5, 0.4, 0.05, 0.04, 0.01))
     assert [spectrum.rank(share) for share in (0.5, 0.9, 0.901, 0.95, 0.99, 0.999)] == [1, 2, 3, 3, 4, 5]
-    assert spectrum.saved(0.99) == 0.5
-    assert spectrum.as_dict()["ranks"]["0.95"] == {"rank": 3, "cache_saved": 0.625}  # type: ignore[index]
+    assert spectrum.saved(0.99) == 0.375
+    assert spectrum.as_dict()["ranks"]["0.95"] == {"rank": 3, "cache_saved": 0.5}  # type: ignore[index]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

@@ -45,7 +45,8 @@ def sections(plans: Sequence[Plan], spectra: Sequence["LayerSpectrum"] | None) -
     found = [_memory(plans), _arithmetic(plans), _speed(plans)]
     if len(plans) == 1:
         plan = plans[0]
-        found += [_formula(plan), _forms(plan)]
+        found += [_formula(plan)]
+        found += [_forms(plan)] if len(plan.arithmetic.decode) > 1 else []
         found += [_ratios(plan)] if plan.arithmetic.formula.topk else []
         found += [_latents(plan)] if plan.latents else []
         found += [_times(plan)]
@@ -64,7 +65,7 @@ def byte_size(count: float) -> str:
 
 def amount(count: float) -> str:
     """54.9 G: three digits and a decimal prefix."""
-    for prefix, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    for prefix, size in (("Y", 1e24), ("Z", 1e21), ("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size:
             return f"{count / size:.3g} {prefix}" if count < 999.5 * size else f"{count / size:.0f} {prefix}"
     return f"{count:.3g}"
@@ -109,8 +110,8 @@ def _memory(plans: Sequence[Plan]) -> Section:
         ("recurrent state a sequence", lambda plan: _or_none(plan.memory.cache.state_bytes, byte_size)),
         ("· snapshots of it for prefixes", lambda plan: _or_none(plan.memory.cache.snapshot_bytes, byte_size)),
         (f"cache of {context} tokens", lambda plan: byte_size(plan.memory.cache.sequence_bytes(plan.request.context))),
-        ("· of which still read", lambda plan: byte_size(plan.memory.cache.needed_bytes(plan.request.context))),
-        ("expected waste in last pages", _waste),
+        ("· of which still read", _still_read),
+        ("expected waste in the last page", _waste),
     ]
     return _table("Memory", plans, rows)
 
@@ -158,7 +159,7 @@ def _formula(plan: Plan) -> Section:
         ("attention, fixed", formula.attention_fixed),
         ("attention, a context token", formula.attention_per_context_token),
         *((f"attention, a token of a window of {w}", macs) for w, macs in formula.attention_per_window_token.items()),
-        ("all of that, fixed", formula.dense_fixed),
+        ("dense, fixed" if formula.topk else "fixed in all", formula.dense_fixed),
     ]
     if formula.topk:
         rows += [
@@ -206,8 +207,8 @@ def _latents(plan: Plan) -> Section:
     ]
     for name, pair in forms.merging.items():
         verdict = "pays" if pair["merging_pays"] else "does not pay"
-        cost = f"{amount(pair['merged_numbers'])} merged, {amount(pair['separate_numbers'])} separate"
-        rows.append((f"merging the weights of the {name}", f"{verdict} ({cost})"))
+        rows.append((f"merging the weights of the {name}", verdict))
+        rows += [(f"· {how}", amount(pair[f"{how}_numbers"])) for how in ("separate", "merged")]
     title = f"Absorption, one layer after {whole(plan.request.context)} tokens (multiply-accumulates)"
     return Section(title, ("", plan.name), tuple(rows))
 
@@ -233,11 +234,16 @@ def _ranks(spectra: Sequence["LayerSpectrum"]) -> Section:
         )
         for spectrum in spectra
     )
-    return Section("Latent rank that keeps so much of [K; V]", heads, rows)
+    return Section("Latent rank that keeps so much of [K; V], and cache saved with a rope key beside it", heads, rows)
 
 
 def _parameters_of(part: Part) -> Callable[[Plan], str]:
-    return lambda plan: amount(plan.parameters[part].total) if part in plan.parameters else _NONE
+    def tell(plan: Plan) -> str:
+        if part == "lm_head" and plan.config.tied_embeddings:
+            return "the embedding"
+        return amount(plan.parameters[part].total) if part in plan.parameters else _NONE
+
+    return tell
 
 
 def _weights_in(dtype: str) -> Callable[[Plan], str]:
@@ -262,11 +268,23 @@ def _form(plan: Plan, form: str) -> str:
 
 def _attention_share(plan: Plan) -> str:
     macs = plan.arithmetic.prefill_running
+    if "attention" not in macs:
+        return _NONE
     return share((macs.get("attention", 0) + macs.get("indexer", 0)) / sum(macs.values()))
 
 
+def _still_read(plan: Plan) -> str:
+    """Said where a window leaves something behind."""
+    cache, context = plan.memory.cache, plan.request.context
+    windowed = any(row.window is not None for row in cache.rows)
+    return byte_size(cache.needed_bytes(context)) if windowed else _NONE
+
+
 def _waste(plan: Plan) -> str:
-    return share(plan.memory.cache.expected_waste(plan.request.context)) if plan.memory.cache.rows else _NONE
+    cache = plan.memory.cache
+    if not cache.rows:
+        return _NONE
+    return f"{cache.expected_waste_tokens:g} tokens ({100 * cache.expected_waste(plan.request.context):.2g} %)"
 
 
 def _ratio(plan: Plan, context: int) -> str:

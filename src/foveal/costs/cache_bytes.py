@@ -112,8 +112,13 @@ class CacheCost:
         return (self.page_tokens - 1) / 2
 
     def expected_waste(self, tokens: int) -> float:
-        """Share of the pages of sequences of about so many tokens that holds no token: w / (n + w)."""
-        return self.expected_waste_tokens / (tokens + self.expected_waste_tokens)
+        """Share of the pages of sequences of about so many tokens that holds no token: w / (n + w). Behind a window,
+        w / (window - 1 + 2 w + the sinks' pages): the first of its pages is half passed, on average."""
+        waste, held = self.expected_waste_tokens, tokens + self.expected_waste_tokens
+        if self.window is not None:
+            sinks = -(-self.sinks // self.page_tokens) * self.page_tokens
+            held = min(held, self.window - 1 + 2 * waste + sinks)
+        return waste / held
 
 
 def cache_dtypes(dtype: str, kv_cache_dtype: str = "auto", index_dtype: str = "auto") -> CacheDtypes:

@@ -311,6 +311,7 @@ def _cache(memory: Memory, context: int) -> dict[str, Any]:
         "page_bytes": cache.page_bytes,
         "sequence_bytes": cache.sequence_bytes(context),
         "sequence_bytes_needed": cache.needed_bytes(context),
+        "expected_waste_tokens_per_sequence": cache.expected_waste_tokens if cache.rows else 0.0,
         "expected_waste_share": cache.expected_waste(context) if cache.rows else 0.0,
     }
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from foveal.config import ModelConfig, weight_names
 from foveal.config.model import GQAConfig, MLAConfig
 from foveal.costs.tensors import Array, Tensors
+from foveal.costs.variants import latent_rope_dim
 
 SHARES = (0.90, 0.95, 0.99, 0.999)
 
@@ -19,7 +20,9 @@ class LayerSpectrum:
 
     layer: int
     numbers: int
-    """What the cache holds of a token now: 2 G P for per-head keys and values, C for a latent (rope key left out)."""
+    """What the cache holds of a token now: 2 G P for per-head keys and values, C + R for a latent and its rope key."""
+    rope_key: int
+    """What it would hold beside a latent: R, for per-head keys as `--variant mla` makes it."""
     energy: tuple[float, ...]
     """Squared singular values over their sum, falling."""
 
@@ -30,13 +33,14 @@ class LayerSpectrum:
         return min(int(np.searchsorted(kept, share - 1e-12)) + 1, len(self.energy))
 
     def saved(self, share: float) -> float:
-        """Share of the cache that a latent of that rank saves; below 0 where it would hold more."""
-        return 1 - self.rank(share) / self.numbers
+        """Share of the cache that a latent of that rank and its rope key save; below 0 where they would hold more."""
+        return 1 - (self.rank(share) + self.rope_key) / self.numbers
 
     def as_dict(self) -> dict[str, object]:
         """The ranks in plain types, for JSON; the share of energy is the key."""
         ranks = {str(share): {"rank": self.rank(share), "cache_saved": self.saved(share)} for share in SHARES}
-        return {"layer": self.layer, "numbers": self.numbers, "ranks": ranks, "energy": list(self.energy)}
+        sizes = {"layer": self.layer, "numbers": self.numbers, "rope_key": self.rope_key}
+        return sizes | {"ranks": ranks, "energy": list(self.energy)}
 
 
 def latent_spectrum(directory: Path, config: ModelConfig) -> list[LayerSpectrum]:
@@ -52,21 +56,28 @@ def latent_spectrum(directory: Path, config: ModelConfig) -> list[LayerSpectrum]
     for index, layer in enumerate(config.layers):
         for block in layer:
             if isinstance(block.operation, GQAConfig | MLAConfig):
-                weight, numbers = _weights(tensors, config, index, block.operation)
-                spectra.append(LayerSpectrum(index, numbers, tuple(_energy(weight).tolist())))
+                energy = _energy(_weights(tensors, config, index, block.operation))
+                spectra.append(LayerSpectrum(index, *_cached(block.operation), tuple(energy.tolist())))
     if not spectra:
         raise ValueError(f"{config.family} has no attention layers whose keys and values could share a latent")
     return spectra
 
 
-def _weights(tensors: Tensors, config: ModelConfig, layer: int, mixer: GQAConfig | MLAConfig) -> tuple[Array, int]:
+def _weights(tensors: Tensors, config: ModelConfig, layer: int, mixer: GQAConfig | MLAConfig) -> Array:
     names = weight_names(config.family)
     kind = "gqa" if isinstance(mixer, GQAConfig) else "mla"
     at = f"{names.layer.format(layer)}.{names.operations[kind]}"
     if isinstance(mixer, MLAConfig):
-        return tensors.read(f"{at}.kv_b_proj.weight"), mixer.kv_lora_rank
+        return tensors.read(f"{at}.kv_b_proj.weight")
     keys, values = (tensors.read(f"{at}.{part}_proj.weight") for part in ("k", "v"))
-    return np.concatenate((keys, values)), 2 * mixer.kv_heads * mixer.head_dim
+    return np.concatenate((keys, values))
+
+
+def _cached(mixer: GQAConfig | MLAConfig) -> tuple[int, int]:
+    """Numbers that the cache holds of a token now, and those of a rope key beside a latent."""
+    if isinstance(mixer, MLAConfig):
+        return mixer.kv_lora_rank + mixer.rope_dim, mixer.rope_dim
+    return 2 * mixer.kv_heads * mixer.head_dim, latent_rope_dim(mixer.head_dim)
 
 
 def _energy(weight_XD: Array) -> NDArray[np.float64]:

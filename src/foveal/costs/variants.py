@@ -30,7 +30,8 @@ def apply_variant(config: ModelConfig, variant: str) -> ModelConfig:
     """`config` with its attention exchanged; the rest stays.
 
     mha, gqa:8, mqa: per-head keys and values for all, 8 or 1 head(s). From MLA: as many heads, of nope_dim.
-    mla, mla:256: one latent of 512 (or 256) and a rope key of 64, heads of the same width (TransMLA, arXiv 2502.07864).
+    mla, mla:256: one latent of 512 (or 256) and a rope key of 64 (`latent_rope_dim`), heads of the same width (TransMLA,
+    arXiv 2502.07864).
     dsa, dsa:1024: an indexer as in DeepSeek-V3.2 (64 heads of 128) with top-k 2048 (or 1024) in every attention layer.
     window:4096: per-head attention to the last 4096 tokens.
     Several may be joined: mla+dsa:2048. ValueError, naming it, for a variant that is unknown or does not fit the model.
@@ -42,6 +43,12 @@ def apply_variant(config: ModelConfig, variant: str) -> ModelConfig:
             raise ValueError(f"variant {text!r} needs attention layers, which {config.family} does not have")
         config = _map_attention(config, _changes(step, config))
     return config
+
+
+def latent_rope_dim(head_dim: int) -> int:
+    """Width of the rope key that stands beside a latent made from heads of that width: 64 as in DeepSeek-V2, or all of
+    a head that has no more."""
+    return max(2, min(_LATENT_ROPE, head_dim // 2 * 2))
 
 
 def _parse(text: str) -> _Step:
@@ -97,16 +104,16 @@ def _to_mla(operation: OperationConfig, rank: int) -> MLAConfig:
         return replace(operation, kv_lora_rank=rank)
     if operation.window is not None:
         raise ValueError(f"variant 'mla' does not fit: a layer sees a window of {operation.window} tokens only")
-    width = operation.head_dim
-    rope = _LEAST_ROPE if operation.rope else None
+    width, rope_dim = operation.head_dim, latent_rope_dim(operation.head_dim)
+    rope = replace(_LEAST_ROPE, dim=rope_dim) if operation.rope else None
     return MLAConfig(
         heads=operation.heads,
         q_lora_rank=None,
         kv_lora_rank=rank,
         nope_dim=width,
-        rope_dim=_LATENT_ROPE,
+        rope_dim=rope_dim,
         value_dim=width,
-        scale=(width + _LATENT_ROPE) ** -0.5,
+        scale=(width + rope_dim) ** -0.5,
         rope=rope,
     )
 
