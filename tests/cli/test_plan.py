@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from oracle import make_oracle
 
-from foveal.cli.plan_curves import cache_curves, decode_curves, share_bars, short
+from foveal.cli.plan_curves import brief, bytes_tick, cache_curves, decode_curves, share_bars, short
 from foveal.cli.plan_rows import amount, byte_size, seconds, whole
 from foveal.config.released import released
 from foveal.costs import Plan, Request, find_device, make_plan
@@ -117,9 +117,7 @@ def test_side_by_side(run: Any) -> None:
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120])
-def test_a_table_wider_than_the_terminal_goes_on_below(
-    run: Any, monkeypatch: pytest.MonkeyPatch, columns: int
-) -> None:
+def test_a_table_wider_than_the_terminal_goes_on_below(run: Any, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     """Labels and numbers broken in the middle: rich takes the space inside 32 768 for a place to break at."""
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -184,6 +182,43 @@ def test_page(run: Any, tmp_path: Path, arguments: list[str]) -> None:
     assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
     assert "LIGHT" not in text and "DARK" not in text
     assert not re.search(r"[\"( ,]-?(nan|inf)", text)
+
+
+def test_many_long_names(run: Any, tmp_path: Path) -> None:
+    """Names of bars cut at the picture's edge, where variants differ at their ends; a title of ten names."""
+    file, variants = tmp_path / "plan.html", ["mha", "mqa", "mla:256", "dsa:2048", "mla+dsa:2048"]
+    options = [word for variant in variants for word in ("--variant", variant)]
+    assert run("plan", "--compare", "llama-3-70b", *options, "--html", str(file)).code == 0
+    text = file.read_text(encoding="utf-8")
+    bars = text[text.index('aria-label="share by part"') :]
+    bars = bars[: bars.index("</svg>")]
+    assert re.findall('<text x="0" y="[0-9]+">([^<]*)</text>', bars) == [
+        "llama-3-70b",
+        *(f"llama-3-70b {variant}" for variant in variants),
+    ]
+    assert "llama-3-70b, llama-3-70b mha, llama-3-70b mqa and 3 others: what" in text
+    assert 'text-anchor="end">64K tokens</text>' in _page(run, tmp_path, "glm-5")
+
+
+def _page(run: Any, folder: Path, *arguments: str) -> str:
+    assert run("plan", *arguments, "--html", str(folder / "plan.html")).code == 0
+    return (folder / "plan.html").read_text(encoding="utf-8")
+
+
+def test_the_context_is_marked(run: Any, tmp_path: Path) -> None:
+    """Plots that do not show where the tables stand; a mark outside of them."""
+    page = _page(run, tmp_path, "glm-5", "--context", "32768")
+    marks = re.findall('<line class="mark" x1="([0-9.]+)" x2="([0-9.]+)"', page)
+    assert marks == [("266.0", "266.0")] * 2  # in the middle of 1K to 1M
+    assert 'class="mark"' not in _page(run, tmp_path, "glm-5", "--context", "100")
+
+
+def test_brief_names_and_ticks() -> None:
+    """Two names that are cut to the same one; a power of ten in units of two."""
+    assert brief("short", 5) == "short" and brief("somewhere/llama-3-70b", 12) == "some…a-3-70b"
+    assert len(brief("a" * 100, 26)) == 26
+    ticks = [bytes_tick(10.0**n) for n in (2, 4, 8, 10, 13, 16)]
+    assert ticks == ["100 B", "10 kB", "100 MB", "10 GB", "10 TB", "10 PB"]
 
 
 def test_page_escapes_names(run: Any, tmp_path: Path) -> None:
@@ -270,6 +305,8 @@ def test_how_numbers_are_written() -> None:
         (["{folder}", "glm-5"], "--compare"),
         (["{folder}", "--variant", "mqa", "--variant", "mha"], "--compare"),
         (["{folder}", "--compare"], "--compare"),
+        (["--compare", "glm-5", "mamba-2.8b", "glm-5"], "--compare was given 'glm-5' twice"),
+        (["--compare", "glm-5", "--variant", "mqa", "--variant", "mqa"], "--compare was given 'mqa' twice"),
         (["{folder}", "--kv-cache-dtype", "fp8"], "kv_cache_dtype 'fp8'"),
         (["{folder}", "--index-dtype", "fp8"], "index_dtype 'fp8'"),
         (["glm-5", "--kv-cache-dtype", "int3"], "int3"),

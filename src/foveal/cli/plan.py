@@ -107,6 +107,9 @@ def _configs(models: list[str], variants: list[str], compare: bool) -> list[tupl
         raise ValueError(f"{', '.join(models + variants)}: several models or variants need --compare")
     if compare and len(models) + len(variants) < 2:
         raise ValueError(f"--compare needs something beside {models[0]}: another model, or a --variant")
+    for given in (models, variants):
+        if twice := next((name for place, name in enumerate(given) if name in given[:place]), None):
+            raise ValueError(f"--compare was given {twice!r} twice")
     configs = []
     for model in models:
         config = _config(model)

@@ -72,6 +72,22 @@ def short(tokens: float) -> str:
     return whole(tokens)
 
 
+def brief(name: str, most: int) -> str:
+    """A name of at most so many characters: what is left out is in the middle, since names differ at their ends."""
+    if len(name) <= most:
+        return name
+    tail = (most - 1) * 2 // 3
+    return f"{name[: most - 1 - tail]}…{name[-tail:]}"
+
+
+def bytes_tick(count: float) -> str:
+    """A power of ten in decimal units: the axis counts in tens."""
+    for unit, size in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.0f} {unit}"
+    return f"{count:.0f} B"
+
+
 def _contexts(plans: Sequence[Plan]) -> tuple[int, ...]:
     """Powers of two, from a page of text to a million tokens, or to the context that was asked for."""
     last, length = max(_LONGEST, plans[0].request.context), _SHORTEST

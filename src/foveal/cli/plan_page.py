@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from foveal.cli.plan_curves import cache_curves, decode_curves, share_bars
-from foveal.cli.plan_rows import Section, amount, byte_size, sections, whole
+from foveal.cli.plan_curves import bytes_tick, cache_curves, decode_curves, share_bars
+from foveal.cli.plan_rows import Section, amount, sections, whole
 from foveal.cli.plan_svg import DARK, LIGHT, bar_plot, line_plot
 from foveal.costs.plan import Plan
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 _NARROW = 2
 """Columns of a table that has room beside another; the others take the page's width, below."""
+
+_TITLE = 4
+"""Models that the title names."""
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --text: #1c2026; --soft: #5a6270; --rule: #dfe3e8;
@@ -34,28 +37,33 @@ section { background: var(--panel); border: 1px solid var(--rule); border-radius
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { padding: .22rem .5rem; text-align: right; border-bottom: 1px solid var(--rule) }
 td, thead th { white-space: nowrap }
-th { font-weight: 600 } th:first-child { text-align: left; font-weight: 400; padding-left: 0; min-width: 9rem }
+th { font-weight: 600 }
+th:first-child { text-align: left; font-weight: 400; padding-left: 0; min-width: 9rem; position: sticky; left: 0;
+  background: var(--panel) }
+@media (min-width: 50rem) { .wide th:first-child { white-space: nowrap } }
 thead th { color: var(--soft) }
 svg { width: 100%; height: auto; display: block }
 svg text { fill: var(--soft); font: 14px system-ui, sans-serif }
 svg .inside { fill: var(--page); font-weight: 600 }
 svg .grid { stroke: var(--rule) } svg .line { fill: none; stroke: var(--colour); stroke-width: 2.5 }
 svg .bar { fill: var(--colour) } svg .dashed { stroke-dasharray: 6 4 }
+svg .mark { stroke: var(--soft); stroke-dasharray: 2 3 }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; list-style: none; padding: 0; margin: .6rem 0 0;
   font-size: .88rem }
 .key { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin-right: .4rem;
   background: var(--colour) }
-.key.dashed { opacity: .5 }
+.key.dashed { background: repeating-linear-gradient(90deg, var(--colour) 0 .25rem, transparent .25rem .4rem) }
 """
 
 
 def page(plans: Sequence[Plan], spectra: Sequence["LayerSpectrum"] | None) -> str:
     """The whole page."""
-    names, context = ", ".join(plan.name for plan in plans), plans[0].request.context
-    title = escape(f"{names}: what {whole(context)} tokens of context cost")
+    context = plans[0].request.context
+    title = escape(f"{_names(plans)}: what {whole(context)} tokens of context cost")
+    cost, cache = decode_curves(plans), cache_curves(plans)
     plots = [
-        _panel("Multiply-accumulates of a decoded token", line_plot(decode_curves(plans), amount, "cost by context")),
-        _panel("Cache of one sequence", line_plot(cache_curves(plans), _bytes_tick, "cache by context")),
+        _panel("Multiply-accumulates of a decoded token", line_plot(cost, amount, "cost by context", context)),
+        _panel("Cache of one sequence", line_plot(cache, bytes_tick, "cache by context", context)),
         _panel("Share of a decoded token's arithmetic", bar_plot(share_bars(plans), "share by part")),
     ]
     tables = sections(plans, spectra)
@@ -67,10 +75,17 @@ def page(plans: Sequence[Plan], spectra: Sequence["LayerSpectrum"] | None) -> st
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{_style()}</style></head><body><h1>{title}</h1>"
         "<p>Counted from config.json by <code>foveal plan</code>. Times are the least that the device's peaks allow "
-        "(roofline); both axes of the plots are logarithmic.</p>"
+        "(roofline). Both axes of the curves are logarithmic; the dotted line is the context of the tables.</p>"
         f'<div class="plots">{"".join(plots)}</div><div class="tables">{"".join(narrow)}</div>{"".join(wide)}'
         f"{f'<ul>{notes}</ul>' if notes else ''}</body></html>\n"
     )
+
+
+def _names(plans: Sequence[Plan]) -> str:
+    names = [plan.name for plan in plans]
+    if len(names) <= _TITLE:
+        return ", ".join(names)
+    return f"{', '.join(names[: _TITLE - 1])} and {len(names) - _TITLE + 1} others"
 
 
 def _style() -> str:
@@ -91,11 +106,3 @@ def _table(section: Section) -> str:
         for row in section.rows
     )
     return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
-
-
-def _bytes_tick(count: float) -> str:
-    """A power of ten in decimal units: the axis counts in tens."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.0f} {unit}"
-    return byte_size(count)

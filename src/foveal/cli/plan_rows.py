@@ -29,6 +29,7 @@ _CACHE_NAMES: dict[CachePart, str] = {
     "index_keys": "index keys",
 }
 _NONE = "–"
+_PREFIXES = {"Y": 1e24, "Z": 1e21, "E": 1e18, "P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def byte_size(count: float) -> str:
 
 def amount(count: float) -> str:
     """54.9 G: three digits and a decimal prefix."""
-    for prefix, size in (("Y", 1e24), ("Z", 1e21), ("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    for prefix, size in _PREFIXES.items():
         if count >= size:
             return f"{count / size:.3g} {prefix}" if count < 999.5 * size else f"{count / size:.0f} {prefix}"
     return f"{count:.3g}"

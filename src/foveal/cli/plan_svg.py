@@ -4,11 +4,13 @@ import math
 from collections.abc import Callable, Sequence
 from html import escape
 
-from foveal.cli.plan_curves import Bar, Curve, bar_parts, short
+from foveal.cli.plan_curves import Bar, Curve, bar_parts, brief, short
 
 _WIDTH, _HEIGHT = 480, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 14, 10, 40
 _BAR, _GAP, _NAME = 22, 10, 134
+_BESIDE, _ABOVE = 15, 60
+"""Characters of a name that fit beside a bar, or above it."""
 LIGHT = ("#2a6fdb", "#d1602b", "#1f9d72", "#8b54c9", "#b58a12", "#cc3f7b", "#4a8a9e", "#7a6a5a")
 DARK = ("#6ea8ff", "#ff9a66", "#4fd3a3", "#c39bff", "#e3bb4b", "#ff82b4", "#7cc5d9", "#bcaa98")
 """Colours of series on a light and on a dark page."""
@@ -16,9 +18,9 @@ COLOURS = len(LIGHT)
 """Series that have a colour of their own; the next ones are dashed."""
 
 
-def line_plot(curves: Sequence[Curve], label: Callable[[float], str], title: str) -> str:
-    """Curves over context, both axes logarithmic. `label` writes a value of the vertical axis; `title` is what the plot
-    shows, for those who cannot see it."""
+def line_plot(curves: Sequence[Curve], label: Callable[[float], str], title: str, context: int) -> str:
+    """Curves over context, both axes logarithmic, with a mark at `context`. `label` writes a value of the vertical
+    axis; `title` is what the plot shows, for those who cannot see it."""
     contexts = curves[0].contexts
     values = [value for curve in curves for value in curve.values if value > 0]
     low, high = _decades(values)
@@ -29,9 +31,12 @@ def line_plot(curves: Sequence[Curve], label: Callable[[float], str], title: str
         y = down(tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(label(10.0**tick))}</text>')
-    for context in contexts[::2]:
+    for length in contexts[::2]:
+        x = across(math.log(length))
+        parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 21}" text-anchor="middle">{short(length)}</text>')
+    if context >= contexts[0]:
         x = across(math.log(context))
-        parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 21}" text-anchor="middle">{short(context)}</text>')
+        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}"/>')
     parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 4}" text-anchor="end">tokens of context</text>')
     for place, curve in enumerate(curves):
         points = [
@@ -45,16 +50,19 @@ def line_plot(curves: Sequence[Curve], label: Callable[[float], str], title: str
 
 
 def bar_plot(bars: Sequence[Bar], title: str) -> str:
-    """One bar of 100 % a row."""
-    names = bar_parts(bars)
-    height = len(bars) * (_BAR + _GAP) + _GAP
-    parts = [_open(height, title)]
+    """One bar of 100 % a row, its name to the left, or above where some name is long."""
+    names, beside = bar_parts(bars), all(len(bar.name) <= _BESIDE for bar in bars)
+    left, above = (_NAME, 0) if beside else (0, _BAR - 2)
+    step = above + _BAR + _GAP
+    parts = [_open(len(bars) * step + _GAP, title)]
     for row, bar in enumerate(bars):
-        y, x = _GAP + row * (_BAR + _GAP), float(_NAME)
-        label = bar.name if len(bar.name) < 19 else f"{bar.name[:17]}…"
-        parts.append(f'<text x="{_NAME - 6}" y="{y + 16}" text-anchor="end">{escape(label)}</text>')
+        y, x = _GAP + row * step + above, float(left)
+        if beside:
+            parts.append(f'<text x="{left - 6}" y="{y + 16}" text-anchor="end">{escape(bar.name)}</text>')
+        else:
+            parts.append(f'<text x="0" y="{y - 6}">{escape(brief(bar.name, _ABOVE))}</text>')
         for name, part in bar.shares.items():
-            width = part * (_WIDTH - _NAME - _RIGHT)
+            width = part * (_WIDTH - left - _RIGHT)
             fill = _classes(names.index(name))
             tip = f"<title>{escape(bar.name)}: {escape(name)} {100 * part:.1f} %</title>"
             parts.append(

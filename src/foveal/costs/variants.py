@@ -30,8 +30,8 @@ def apply_variant(config: ModelConfig, variant: str) -> ModelConfig:
     """`config` with its attention exchanged; the rest stays.
 
     mha, gqa:8, mqa: per-head keys and values for all, 8 or 1 head(s). From MLA: as many heads, of nope_dim.
-    mla, mla:256: one latent of 512 (or 256) and a rope key of 64 (`latent_rope_dim`), heads of the same width (TransMLA,
-    arXiv 2502.07864).
+    mla, mla:256: a latent of 512 (or 256) and a rope key (`latent_rope_dim`), heads of the same width (TransMLA, arXiv
+    2502.07864).
     dsa, dsa:1024: an indexer as in DeepSeek-V3.2 (64 heads of 128) with top-k 2048 (or 1024) in every attention layer.
     window:4096: per-head attention to the last 4096 tokens.
     Several may be joined: mla+dsa:2048. ValueError, naming it, for a variant that is unknown or does not fit the model.
