@@ -58,6 +58,15 @@ def test_rows_without_a_meaning_are_left_out(run: Any) -> None:
     assert sparse["· merged"] == "470 M" and "· of which still read" not in sparse
 
 
+def test_a_device_says_what_it_does(run: Any) -> None:
+    """Times without what they were computed from; the rate of a dtype that the device widens."""
+    h100, a100 = (rows_of(run, "deepseek-v3.2", "--device", name) for name in ("h100", "a100"))
+    assert (h100["· memory of each"], h100["· bandwidth"]) == ("80 GB", "3.35 TB/s")
+    assert (h100["· operations a second"], a100["· operations a second"]) == ("1.98 P (fp8)", "312 T (bfloat16)")
+    record = json.loads(run("plan", "llama-3-70b", "--weights", "int4", "--json").out)
+    assert record["speed"]["compute_dtype"] == "bfloat16"
+
+
 def test_help_names_it(run: Any) -> None:
     """A command that is written and not registered."""
     assert "plan" in run("--help").out

@@ -138,6 +138,9 @@ def _speed(plans: Sequence[Plan]) -> Section:
     device = plans[0].request.device
     rows: list[tuple[str, Callable[[Plan], str]]] = [
         ("devices", lambda plan: str(plan.speed.devices)),
+        ("· memory of each", lambda plan: f"{amount(device.memory_bytes)}B"),
+        ("· bandwidth", lambda plan: f"{amount(device.bandwidth_bytes_per_second)}B/s"),
+        ("· operations a second", _rate),
         ("largest batch that fits", lambda plan: str(plan.speed.largest_batch) if plan.speed.largest_batch else "none"),
         ("batch", lambda plan: str(plan.speed.decode.batch) + ("" if plan.speed.fits else " (does not fit)")),
         ("a decoding step", lambda plan: seconds(plan.speed.decode.seconds)),
@@ -309,6 +312,12 @@ def _prefill_crossover(plan: Plan) -> str:
 
 def _tokens(count: float | None) -> str:
     return "never" if count is None else f"{whole(count)} tokens"
+
+
+def _rate(plan: Plan) -> str:
+    """Of products with weights."""
+    dtype = plan.speed.compute_dtype
+    return f"{amount(plan.speed.device.rate(dtype))} ({dtype})"
 
 
 def _price(price: float | None) -> str:

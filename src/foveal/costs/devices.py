@@ -21,10 +21,13 @@ class Device:
     source: str
 
     def rate(self, dtype: str) -> float:
-        """Operations a second on numbers of `dtype`; where the device has no units for it they are widened: fp8 and
-        int8 to bfloat16, that to float32."""
-        known = (wider for wider in (dtype, "bfloat16", "float32") if wider in self.flops_per_second)
-        return self.flops_per_second[next(known)]
+        """Operations a second on numbers of `dtype`, widened where need be."""
+        return self.flops_per_second[self.computes_in(dtype)]
+
+    def computes_in(self, dtype: str) -> str:
+        """`dtype`, or what the device widens it to where it has no units for it: fp8 and int8 to bfloat16, that to
+        float32."""
+        return next(wider for wider in (dtype, "bfloat16", "float32") if wider in self.flops_per_second)
 
 
 DEVICES = {

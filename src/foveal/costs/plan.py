@@ -115,6 +115,8 @@ class Speed:
 
     device: Device
     devices: int
+    compute_dtype: str
+    """What the device multiplies weights in."""
     fits: bool
     largest_batch: int
     decode: StepTime
@@ -264,6 +266,7 @@ def _speed_of(config: ModelConfig, memory: Memory, request: Request) -> Speed:
     return Speed(
         device=device,
         devices=devices,
+        compute_dtype=device.computes_in(setup.compute_dtype),
         fits=batch <= fitting,
         largest_batch=fitting,
         decode=decode,
@@ -360,6 +363,7 @@ def _speed(speed: Speed) -> dict[str, Any]:
     return {
         "device": asdict(speed.device),
         "devices": speed.devices,
+        "compute_dtype": speed.compute_dtype,
         "batch": speed.decode.batch,
         "fits": speed.fits,
         "largest_batch": speed.largest_batch,
