@@ -95,3 +95,22 @@ def test_refusals(name: str, variant: str, culprit: str) -> None:
     """A misspelt or impossible variant being taken for something."""
     with pytest.raises(ValueError, match=culprit):
         model(name, variant)
+
+
+def test_a_gate_is_not_lost() -> None:
+    """Qwen3-Next's gates left out of a latent variant without a word, and its parameters with them."""
+    gated = read_config(
+        {
+            "model_type": "qwen3_next",
+            "vocab_size": 100,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 1024,
+        }
+    )
+    with pytest.raises(ValueError, match="'mla' does not fit: attention is gated"):
+        apply_variant(gated, "mla")
+    one = apply_variant(gated, "gqa:1").layers[3][0].operation
+    assert isinstance(one, GQAConfig) and one.gated and one.kv_heads == 1

@@ -104,6 +104,8 @@ def _to_mla(operation: OperationConfig, rank: int) -> MLAConfig:
         return replace(operation, kv_lora_rank=rank)
     if operation.window is not None:
         raise ValueError(f"variant 'mla' does not fit: a layer sees a window of {operation.window} tokens only")
+    if operation.gated:
+        raise ValueError("variant 'mla' does not fit: attention is gated, which latent attention is not")
     width, rope_dim = operation.head_dim, latent_rope_dim(operation.head_dim)
     rope = replace(_LEAST_ROPE, dim=rope_dim) if operation.rope else None
     return MLAConfig(
