@@ -97,6 +97,13 @@ def test_refusals(name: str, variant: str, culprit: str) -> None:
         model(name, variant)
 
 
+def test_heads_as_wide_as_their_values() -> None:
+    """GLM-5's values cut from 256 to the 192 of its keys: per head it would keep 32768 numbers, 57 times the latent's
+    576 (transformers#48761)."""
+    assert bytes_per_token(model("glm-5", "mha")) == 78 * (32768 * 2 + 132)
+    assert bytes_per_token(model("deepseek-v3", "mha")) == 61 * 32768 * 2
+
+
 def test_a_gate_is_not_lost() -> None:
     """Qwen3-Next's gates left out of a latent variant without a word, and its parameters with them."""
     gated = read_config(

@@ -29,7 +29,8 @@ class _Step:
 def apply_variant(config: ModelConfig, variant: str) -> ModelConfig:
     """`config` with its attention exchanged; the rest stays.
 
-    mha, gqa:8, mqa: per-head keys and values for all, 8 or 1 head(s). From MLA: as many heads, of nope_dim.
+    mha, gqa:8, mqa: per-head keys and values for all, 8 or 1 head(s). From MLA: as many heads, as wide as their
+    keys without rope or their values, whichever is wider.
     mla, mla:256: a latent of 512 (or 256) and a rope key (`latent_rope_dim`), heads of the same width (TransMLA, arXiv
     2502.07864).
     dsa, dsa:1024: an indexer as in DeepSeek-V3.2 (64 heads of 128) with top-k 2048 (or 1024) in every attention layer.
@@ -94,8 +95,9 @@ def _to_gqa(operation: OperationConfig, groups: int | None) -> GQAConfig:
         raise ValueError(f"variant 'gqa:{groups}' does not fit: {operation.heads} heads are not a multiple of it")
     if isinstance(operation, GQAConfig):
         return replace(operation, kv_heads=groups)
-    rope = RopeConfig(operation.nope_dim, operation.rope.theta) if operation.rope else None
-    return GQAConfig(operation.heads, groups, operation.nope_dim, operation.nope_dim**-0.5, rope, o_bias=operation.bias)
+    width = max(operation.nope_dim, operation.value_dim)
+    rope = RopeConfig(width, operation.rope.theta) if operation.rope else None
+    return GQAConfig(operation.heads, groups, width, width**-0.5, rope, o_bias=operation.bias)
 
 
 def _to_mla(operation: OperationConfig, rank: int) -> MLAConfig:
