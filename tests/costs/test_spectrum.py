@@ -130,8 +130,14 @@ def test_models_without_a_spectrum(tmp_path: Path) -> None:
     make_oracle("llama", tmp_path)
     tensors = {name: torch.zeros_like(tensor) for name, tensor in _load(tmp_path).items()}
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="all zero"):
+    with pytest.raises(ValueError, match="layer 0: the weights of keys and values are all zero"):
         latent_spectrum(tmp_path, read_config(tmp_path))
+    make_oracle("llama", tmp_path / "odd")
+    tensors = _load(tmp_path / "odd")
+    tensors["model.layers.1.self_attn.v_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, tmp_path / "odd" / "model.safetensors")
+    with pytest.raises(ValueError, match="layer 1: the weights of keys and values are not all numbers"):
+        latent_spectrum(tmp_path / "odd", read_config(tmp_path / "odd"))
     mamba = {"model_type": "mamba", "vocab_size": 10, "hidden_size": 8, "num_hidden_layers": 1}
     with pytest.raises(ValueError, match="mamba has no attention layers"):
         latent_spectrum(tmp_path, read_config(mamba))

@@ -56,7 +56,7 @@ def latent_spectrum(directory: Path, config: ModelConfig) -> list[LayerSpectrum]
     for index, layer in enumerate(config.layers):
         for block in layer:
             if isinstance(block.operation, GQAConfig | MLAConfig):
-                energy = _energy(_weights(tensors, config, index, block.operation))
+                energy = _energy(_weights(tensors, config, index, block.operation), index)
                 spectra.append(LayerSpectrum(index, *_cached(block.operation), tuple(energy.tolist())))
     if not spectra:
         raise ValueError(f"{config.family} has no attention layers whose keys and values could share a latent")
@@ -80,11 +80,13 @@ def _cached(mixer: GQAConfig | MLAConfig) -> tuple[int, int]:
     return 2 * mixer.kv_heads * mixer.head_dim, latent_rope_dim(mixer.head_dim)
 
 
-def _energy(weight_XD: Array) -> NDArray[np.float64]:
+def _energy(weight_XD: Array, layer: int) -> NDArray[np.float64]:
     """Squared singular values over their sum: eigenvalues of the smaller of W W^T and W^T W, in float64."""
     wide = weight_XD.astype(np.float64)
+    if not np.isfinite(wide).all():
+        raise ValueError(f"layer {layer}: the weights of keys and values are not all numbers")
     squares = np.linalg.eigvalsh(wide @ wide.T if wide.shape[0] <= wide.shape[1] else wide.T @ wide)[::-1]
     squares = squares.clip(min=0)
-    if not np.isfinite(squares).all() or squares.sum() == 0:
-        raise ValueError("the weights of keys and values are all zero, or not numbers")
+    if squares.sum() == 0:
+        raise ValueError(f"layer {layer}: the weights of keys and values are all zero")
     return squares / squares.sum()
