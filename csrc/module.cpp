@@ -2,8 +2,29 @@
 #include "bindings/bindings.h"
 #include "common/parallel.h"
 
+#if defined(__x86_64__) && !defined(FOVEAL_EMULATED)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace foveal {
 namespace {
+
+#if defined(__x86_64__) && !defined(FOVEAL_EMULATED)
+// Whether there are AMX tiles with bf16 and int8, and Linux lets this process use them: it has to be asked once.
+bool has_tiles() {
+  unsigned a, b, c, d;
+  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24, int8 = 1u << 25;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (bf16 | tile | int8)) != (bf16 | tile | int8)) return false;
+#if defined(SYS_arch_prctl)
+  constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 bool machine_has(Isa isa) {
 #if defined(FOVEAL_EMULATED)
@@ -13,14 +34,17 @@ bool machine_has(Isa isa) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+                    __builtin_cpu_supports("avx512vbmi");
   switch (isa) {
     case avx2_isa:
       return avx2;
     case avx512_isa:
       return avx512;
     case avx512_bf16_isa:
-      return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
-             __builtin_cpu_supports("avx512vbmi");
+      return bf16;
+    case amx_isa:
+      return bf16 && has_tiles();
     default:
       return true;
   }
@@ -57,6 +81,11 @@ NB_MODULE(_native, module) {
   FOVEAL_FOR_EACH_ISA(FOVEAL_ADD)
 #undef FOVEAL_ADD
   module.def("pool_name", &pool_name);
+#if defined(__x86_64__)
+  module.attr("intel") = static_cast<bool>(__builtin_cpu_is("intel"));
+#else
+  module.attr("intel") = false;
+#endif
 }
 
 }  // namespace foveal

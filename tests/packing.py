@@ -46,6 +46,7 @@ def random_selection(counts: list[int], lengths: list[int], topk: int) -> Tensor
     return torch.stack(rows).int()
 
 
-def close(result: Tensor, expected: Tensor) -> None:
+def close(result: Tensor, expected: Tensor, slack: float = 0.0) -> None:
+    """slack: more than results of this dtype may be off, where the inputs make their rounding matter."""
     error = (result.double() - expected.double()).norm() / expected.double().norm()
-    assert error < TOLERANCE[result.dtype], error
+    assert error < TOLERANCE[result.dtype] + slack, error

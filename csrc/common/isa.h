@@ -6,8 +6,8 @@
 #pragma once
 
 #if defined(__x86_64__)
-#define FOVEAL_FOR_EACH_ISA(DO) DO(portable) DO(avx2) DO(avx512) DO(avx512_bf16)
-#define FOVEAL_PICK(isa, f) (std::array{&portable::f, &avx2::f, &avx512::f, &avx512_bf16::f}[isa])
+#define FOVEAL_FOR_EACH_ISA(DO) DO(portable) DO(avx2) DO(avx512) DO(avx512_bf16) DO(amx)
+#define FOVEAL_PICK(isa, f) (std::array{&portable::f, &avx2::f, &avx512::f, &avx512_bf16::f, &amx::f}[isa])
 #else
 #define FOVEAL_FOR_EACH_ISA(DO) DO(portable)
 #define FOVEAL_PICK(isa, f) (std::array{&portable::f}[isa])

@@ -1,7 +1,8 @@
 // Rows of numbers packed into the operands of tile.h's products.
 //
 // Rows along words (queries, and keys as columns): `pack_row` and `pack_columns`; rows across words (values, which are summed
-// over): `pack_words`. Words are padded to a multiple of 8 along a row, and what is missing is zero.
+// over): `pack_words`. Words are padded to a multiple of 8 along a row (of WORDS_AT_ONCE, if that is more), and what is missing
+// is zero.
 #pragma once
 
 #include "common/tile.h"
@@ -79,7 +80,8 @@ FOVEAL_INLINE Words load_words(Bf16Dot, const bf16* p) { return {_mm256_loadu_ps
 // Words that hold `size` numbers of a row.
 template <class Dot>
 constexpr int row_words(int size) {
-  return (size + PACK * Dot::numbers - 1) / (PACK * Dot::numbers) * PACK;
+  constexpr int words = PACK > WORDS_AT_ONCE<Dot> ? PACK : WORDS_AT_ONCE<Dot>;
+  return (size + words * Dot::numbers - 1) / (words * Dot::numbers) * words;
 }
 
 // PACK words from p, of whose numbers only the first `left` are there.
@@ -87,6 +89,7 @@ template <class Dot, class Number>
 FOVEAL_INLINE Words load_words_of(const Number* p, int left) {
   constexpr int all = PACK * Dot::numbers;
   if (left >= all) return load_words(Dot(), p);
+  if (left <= 0) return no_words();
   Number buffer[all] = {};
   std::memcpy(buffer, p, left * sizeof(Number));
   return load_words(Dot(), buffer);
@@ -95,23 +98,25 @@ FOVEAL_INLINE Words load_words_of(const Number* p, int left) {
 // One row along words.
 template <class Dot, class Number>
 FOVEAL_INLINE void pack_row(const Number* row, int size, Word* out) {
-  for (int i = 0; i < size; i += PACK * Dot::numbers, out += PACK)
+  const int padded = row_words<Dot>(size) * Dot::numbers;
+  for (int i = 0; i < padded; i += PACK * Dot::numbers, out += PACK)
     store_words(out, load_words_of<Dot>(row + i, size - i));
 }
 
-// One panel: up to PANEL rows, as columns. panel[row_words(size), PANEL].
-template <class Dot, class Number>
+// One panel: up to COLUMNS rows, as columns. panel[row_words(size), COLUMNS].
+template <class Dot, int COLUMNS = PANEL, class Number>
 FOVEAL_INLINE void pack_columns(const Number* const* rows, int count, int size, Word* panel) {
-  for (int column = 0; column < PANEL; column += PACK) {
+  const int padded = row_words<Dot>(size) * Dot::numbers;
+  for (int column = 0; column < COLUMNS; column += PACK) {
     Word* out = panel + column;
-    for (int i = 0; i < size; i += PACK * Dot::numbers, out += PACK * PANEL) {
+    for (int i = 0; i < padded; i += PACK * Dot::numbers, out += PACK * COLUMNS) {
       Words words[PACK];
 #pragma GCC unroll 8
       for (int j = 0; j < PACK; ++j)
         words[j] = column + j < count ? load_words_of<Dot>(rows[column + j] + i, size - i) : no_words();
       transpose(words);
 #pragma GCC unroll 8
-      for (int j = 0; j < PACK; ++j) store_words(out + j * PANEL, words[j]);
+      for (int j = 0; j < PACK; ++j) store_words(out + j * COLUMNS, words[j]);
     }
   }
 }

@@ -10,7 +10,12 @@
 namespace foveal::FOVEAL_ISA {
 namespace {
 
-constexpr int ROWS = 384, STRIP_ROWS = 4 * TILE_ROWS, TILE_KEYS = 128;
+#if defined(FOVEAL_AMX)
+constexpr int STRIP_ROWS = 4 * AMX;
+#else
+constexpr int STRIP_ROWS = 4 * TILE_ROWS;
+#endif
+constexpr int ROWS = 384, TILE_KEYS = 128;
 static_assert(TILE_KEYS % PANEL == 0, "tiles of keys are whole panels");
 
 int64_t group_size(const Flash& flash) { return flash.heads / flash.groups; }
@@ -67,6 +72,7 @@ struct Tile {
   int64_t packed_row(int64_t query) const { return flash.sequences.query_offsets[s] + query; }
 
   void run() {
+    const Tiles tiles;
     load_queries();
     const Visible first = visible(flash, s, first_query), last = visible(flash, s, first_query + queries - 1);
     add_range(0, first.sinks);
@@ -113,6 +119,10 @@ struct Tile {
       for (int i = 0; i < some; i += Dot::numbers)
         pack_words<Dot>(rows + i, some - i, flash.value_dim, values, VALUE_WORDS * PANEL, (at + i) / Dot::numbers);
     }
+    // Weights of 0 must not meet what is left there from before.
+    for (int word = (count + Dot::numbers - 1) / Dot::numbers; word % WORDS_AT_ONCE<Dot>; ++word)
+      for (int p = 0; p < value_panels(flash); ++p)
+        std::memset(values + (static_cast<int64_t>(p) * VALUE_WORDS + word) * PANEL, 0, PANEL * sizeof(Word));
   }
 
   // Rows [row, row + rows) against positions [start, start + count).
@@ -133,7 +143,8 @@ struct Tile {
       const float older = add_scores<typename Dot::Number>(states[row + r], strip + begin, end - begin, flash.scale * LOG2E);
       if (older != 1.0f) multiply_row(sums + (row + r) * sums_stride, sums_stride, older);
     }
-    const int words = (stop - begin + Dot::numbers - 1) / Dot::numbers;
+    constexpr int numbers = WORDS_AT_ONCE<Dot> * Dot::numbers;  // divides `end`; weights from `stop` on are 0
+    const int words = static_cast<int>(round_up(stop - begin, numbers)) / Dot::numbers;
     for (int p = 0; p < value_panels(flash); ++p)
       multiply<Dot>(rows, 1, words, reinterpret_cast<const Word*>(scores + begin), TILE_KEYS,
                     values + (static_cast<int64_t>(p) * VALUE_WORDS + begin / Dot::numbers) * PANEL,

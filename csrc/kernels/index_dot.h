@@ -2,7 +2,8 @@
 //
 // FloatDot takes any pair of float formats. Bf16Dot, where the machine has it, takes pairs that bfloat16 holds exactly: e4m3
 // and bf16. Int8Dot sums whole numbers exactly: four products an instruction with VNNI, which wants one side unsigned (keys
-// are stored 128 higher, and sums begin at what that adds), otherwise two products of int16.
+// are stored 128 higher, and sums begin at what that adds), otherwise two products of int16. Tiles of AMX multiply signed
+// bytes.
 #pragma once
 
 #include "common/eight_bits.h"
@@ -42,6 +43,13 @@ FOVEAL_INLINE F32 to_float(F32 x) { return x; }
 struct Int8Dot {
 #if defined(FOVEAL_BF16)
   static constexpr int numbers = 4;
+#if defined(FOVEAL_AMX)
+  static constexpr int32_t key_offset = 0;
+  template <int C, int A, int B>
+  static FOVEAL_INLINE void multiply_tile() {
+    multiply_int8<C, A, B>();
+  }
+#else
   static constexpr int32_t key_offset = 128;
   static FOVEAL_INLINE I32 multiply_add(const Word* a, const Word* b, I32 c) {
     int keys;
@@ -55,6 +63,7 @@ struct Int8Dot {
     return c;
 #endif
   }
+#endif
 #else
   static constexpr int numbers = 2;
   static constexpr int32_t key_offset = 0;
@@ -137,17 +146,31 @@ struct RowOf<FloatDot> {
 };
 
 #if defined(FOVEAL_BF16)
-// 32 e4m3 as bf16, exactly: an exponent 120 larger, and a table for those without a leading one.
-FOVEAL_INLINE __m512i widen_e4m3(__m256i codes) {
-  const __m512i wide = _mm512_cvtepi8_epi16(codes);
-  const __m512i size = _mm512_and_si512(wide, _mm512_set1_epi16(0x7f));
-  __m512i bits = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_set1_epi16(120 << 7));
-  // m 2^-9 for m below 8
-  const __m512i small = _mm512_broadcast_i32x4(_mm_setr_epi16(
-      0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
-  const __mmask32 is_small = _mm512_cmpgt_epi16_mask(_mm512_set1_epi16(8), size);
-  bits = _mm512_mask_mov_epi16(bits, is_small, _mm512_permutexvar_epi16(size, small));
-  return _mm512_or_si512(bits, _mm512_and_si512(wide, _mm512_set1_epi16(static_cast<short>(0x8000))));
+// The bytes of the bf16 that each e4m3 without its sign is, exactly.
+struct E4m3Bytes {
+  alignas(64) uint8_t low[128], high[128];
+  constexpr E4m3Bytes() : low(), high() {
+    constexpr int small[8] = {0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};  // m 2^-9
+    for (int code = 0; code < 128; ++code) {
+      const int bits = code < 8 ? small[code] : (code << 4) + (120 << 7);  // the same, its exponent 120 larger
+      low[code] = static_cast<uint8_t>(bits & 0xff), high[code] = static_cast<uint8_t>(bits >> 8);
+    }
+  }
+};
+constexpr E4m3Bytes E4M3_BYTES;
+
+// 64 e4m3 as bf16.
+FOVEAL_INLINE void widen_e4m3(const uint8_t* codes, uint8_t* out) {
+  // So that the halves of each 128 bits, which are interleaved below, come out in order.
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m512i x = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(codes));
+  const auto looked_up = [&](const uint8_t* table) {  // by the lower seven bits
+    return _mm512_permutex2var_epi8(_mm512_load_si512(table), x, _mm512_load_si512(table + 64));
+  };
+  const __m512i low = looked_up(E4M3_BYTES.low);
+  const __m512i high = _mm512_or_si512(looked_up(E4M3_BYTES.high), _mm512_and_si512(x, _mm512_set1_epi8(-128)));
+  _mm512_storeu_si512(out, _mm512_unpacklo_epi8(low, high));
+  _mm512_storeu_si512(out + 64, _mm512_unpackhi_epi8(low, high));
 }
 
 template <>
@@ -159,17 +182,13 @@ struct RowOf<Bf16Dot> {
       if (size % 2) std::memset(out + size * 2, 0, 2);
       return;
     }
-    for (int64_t i = 0; i < size; i += 32) {
-      __m256i codes;
-      if (i + 32 <= size) {
-        codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + i));
-      } else {
-        uint8_t rest[32] = {};
-        std::memcpy(rest, row + i, size - i);
-        codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rest));
-      }
-      _mm512_storeu_si512(out + 2 * i, widen_e4m3(codes));
-    }
+    int64_t i = 0;
+    for (; i + 64 <= size; i += 64) widen_e4m3(row + i, out + 2 * i);
+    if (i == size) return;
+    uint8_t rest[64] = {}, wide[128];
+    std::memcpy(rest, row + i, size - i);
+    widen_e4m3(rest, wide);
+    std::memcpy(out + 2 * i, wide, size - i <= 32 ? 64 : 128);
   }
 };
 #endif
@@ -179,7 +198,7 @@ struct RowOf<Int8Dot> {
   static FOVEAL_INLINE void read(Format, const uint8_t* row, int64_t size, Word* words, bool key) {
 #if defined(FOVEAL_BF16)
     uint8_t* out = reinterpret_cast<uint8_t*>(words);
-    const uint8_t flip = key ? 0x80 : 0;
+    const uint8_t flip = key && Int8Dot::key_offset ? 0x80 : 0;
     for (int64_t i = 0; i < size; ++i) out[i] = row[i] ^ flip;
     for (int64_t i = size; i % 4; ++i) out[i] = flip;
 #else
@@ -192,10 +211,10 @@ struct RowOf<Int8Dot> {
   }
 };
 
-// Numbers of words that rows are read into.
+// Numbers of words that rows are read into, those that products need behind the row's end included.
 template <class Dot>
 FOVEAL_INLINE int64_t words_of(int64_t size) {
-  return (size + Dot::numbers - 1) / Dot::numbers;
+  return round_up((size + Dot::numbers - 1) / Dot::numbers, WORDS_AT_ONCE<Dot>);
 }
 
 }  // namespace foveal::FOVEAL_ISA

@@ -3,7 +3,7 @@
 // The columns of all products are (query, head) pairs, so that a product never has to be transposed: for a tile of 64 keys
 //   scores[key, column]   =  keys[key, word]       . q[word, column]
 //   out[value, column]   +=  keys^T[value, key]    . exp(scores - maximum)[key, column]
-// The tile is gathered once into words that the products broadcast (floats; pairs of bf16 where the machine multiplies
+// (latent_products.h; with AMX the second one is made the other way round). The tile is gathered once into words that the products broadcast (floats; pairs of bf16 where the machine multiplies
 // those), 144 KiB for DeepSeek-V3 in float, and serves up to COLUMNS columns: one query's heads over a selection, heads
 // of several queries of a sequence otherwise. It stays in the level-two cache while the panels of q and out (36 and 32
 // KiB for 16 columns) pass by. Rows that are floats already and lie in order are read where they are. The next tile's rows
@@ -15,15 +15,16 @@
 // Work is cut into blocks of columns, and where these are few, their keys into ranges (common/ranges.h).
 #include "kernels/latent.h"
 
-#include "common/columns.h"
 #include "common/parallel.h"
 #include "common/ranges.h"
 #include "common/scratch.h"
+#include "kernels/latent_products.h"
 
 namespace foveal::FOVEAL_ISA {
 namespace {
 
-constexpr int TILE = static_cast<int>(PAGE_SIZE);  // keys; a page, so that the rows of a dense tile lie in order
+constexpr int TILE = LATENT_TILE;
+static_assert(TILE == PAGE_SIZE, "the rows of a dense tile lie in order");
 constexpr int COLUMNS = 4 * PANEL;                 // of one block
 constexpr int64_t LATENT_BLOCK = 128;              // numbers that share a scale, as in foveal/config/formats.py
 constexpr float LAG = 8.0f;                        // weights reach e^8
@@ -39,9 +40,9 @@ struct Block {
   int64_t keys;  // positions [0, keys), or entries of the selection
 };
 
-// What attention over a range of keys leaves: panels of sums [rank, columns] that still lack 1 / sum.
+// What attention over a range of keys leaves: sums of values that still lack 1 / sum.
 struct State {
-  float* out;
+  float* out;   // panels, of which latent_products.h knows the order
   float* most;  // [COLUMNS]
   float* sum;   // [COLUMNS]
 };
@@ -72,9 +73,10 @@ class Attention {
  public:
   explicit Attention(const LatentAttention& call)
       : call(call),
-        words(static_cast<int>(ceil_divide(call.width, Dot::numbers))),
+        words(row_words<Dot>(static_cast<int>(call.width))),
         stride(odd_lines(words)),
-        value_stride(Dot::numbers == 1 ? 0 : odd_lines(call.rank)) {}
+        value_stride(Dot::numbers == 1 ? 0 : odd_lines(call.rank)),
+        sums_size(Products<Dot>::size(call.rank)) {}
 
   void run() const;
 
@@ -91,6 +93,8 @@ class Attention {
   void attend(const Block& block, int64_t start, int64_t stop, Worker& worker, State state) const;
   bool count_visible(const Block& block, int64_t start, int count, int* visible) const;
   void pack_queries(const Block& block, Word* panels) const;
+  template <class From>
+  void pack_panel(const From* q, int count, Word* panel) const;
   int locate(const Block& block, int64_t start, int64_t stop, const char** rows) const;
   Tile load_tile(const char* const* rows, int count, Worker& worker) const;
   void read_row(const char* row, Number* out) const;
@@ -104,7 +108,7 @@ class Attention {
 
   const LatentAttention& call;
   const int words;
-  const int64_t stride, value_stride;
+  const int64_t stride, value_stride, sums_size;
 };
 
 // ---- the cut into blocks and ranges ----
@@ -175,12 +179,12 @@ void Attention<Dot>::run() const {
 
 template <class Dot>
 int64_t Attention<Dot>::state_bytes() const {
-  return Scratch::rounded(call.rank * COLUMNS * 4) + 2 * Scratch::rounded(COLUMNS * 4);
+  return Scratch::rounded(sums_size * COLUMNS * 4) + 2 * Scratch::rounded(COLUMNS * 4);
 }
 
 template <class Dot>
 State Attention<Dot>::take_state(Scratch& scratch) const {
-  float* out = scratch.take<float>(call.rank * COLUMNS);
+  float* out = scratch.take<float>(sums_size * COLUMNS);
   float* most = scratch.take<float>(COLUMNS);
   return {out, most, scratch.take<float>(COLUMNS)};
 }
@@ -208,6 +212,7 @@ Worker Attention<Dot>::take_worker(Scratch& scratch) const {
 
 template <class Dot>
 void Attention<Dot>::attend(const Block& block, int64_t start, int64_t stop, Worker& worker, State state) const {
+  const Tiles tiles;
   pack_queries(block, worker.q);
   for (int c = 0; c < COLUMNS; ++c) state.most[c] = LOWEST, state.sum[c] = 0.0f;
   const char* rows[2][TILE];  // of this tile and of the next
@@ -219,7 +224,7 @@ void Attention<Dot>::attend(const Block& block, int64_t start, int64_t stop, Wor
     int visible[COLUMNS];
     const bool all = count_visible(block, start, count, visible);
     for (int c = 0; c < block.columns; c += PANEL) {
-      const State panel = {state.out + c * call.rank, state.most + c, state.sum + c};
+      const State panel = {state.out + c * sums_size, state.most + c, state.sum + c};
       const Word* q = worker.q + int64_t{c} * words;
       const Prefetch prefetch = {rows[now ^ 1], c ? 0 : next};
       if (block.columns - c > F32::width)
@@ -249,24 +254,27 @@ bool Attention<Dot>::count_visible(const Block& block, int64_t start, int count,
 template <class Dot>
 void Attention<Dot>::pack_queries(const Block& block, Word* panels) const {
   for (int c = 0; c < block.columns; c += PANEL) {
-    const int columns = block.columns - c > F32::width ? PANEL : F32::width;
+    const int count = static_cast<int>(least(PANEL, block.columns - c));
+    const int64_t first = (block.column + c) * call.width;
     Word* panel = panels + int64_t{c} * words;
-    for (int i = 0; i < columns; ++i) {
-      const int64_t row = (block.column + c + i) * call.width;
-      if (c + i >= block.columns) {
-        for (int w = 0; w < words; ++w) panel[w * columns + i] = 0;
-      } else if (Dot::numbers == 1 && call.format == Format::f32) {
-        const Word* q = static_cast<const Word*>(call.q) + row;
-        for (int w = 0; w < words; ++w) panel[w * columns + i] = q[w];
-      } else {
-        const uint16_t* q = static_cast<const uint16_t*>(call.q) + row;
-        if (Dot::numbers == 1)
-          for (int w = 0; w < words; ++w) panel[w * columns + i] = static_cast<Word>(q[w]) << 16;
-        else
-          for (int w = 0; w < words; ++w)
-            panel[w * columns + i] = q[2 * w] | (2 * w + 1 < call.width ? static_cast<Word>(q[2 * w + 1]) << 16 : 0);
-      }
-    }
+    if (call.format == Format::f32)
+      pack_panel(static_cast<const float*>(call.q) + first, count, panel);
+    else
+      pack_panel(static_cast<const bf16*>(call.q) + first, count, panel);
+  }
+}
+
+template <class Dot>
+template <class From>
+void Attention<Dot>::pack_panel(const From* q, int count, Word* panel) const {
+  const int width = static_cast<int>(call.width);
+  const From* rows[PANEL];
+  for (int i = 0; i < count; ++i) rows[i] = q + i * call.width;
+  if constexpr (Dot::numbers == 1 || sizeof(From) == sizeof(bf16)) {  // floats have been rounded before they are paired
+    if (count > F32::width)
+      pack_columns<Dot>(rows, count, width, panel);
+    else
+      pack_columns<Dot, F32::width>(rows, count, width, panel);
   }
 }
 
@@ -282,7 +290,7 @@ int Attention<Dot>::locate(const Block& block, int64_t start, int64_t stop, cons
 
 template <class Dot>
 Tile Attention<Dot>::load_tile(const char* const* rows, int count, Worker& worker) const {
-  if (Dot::numbers == 1 && call.row_format == Format::f32 && !call.selection && call.row_bytes % 4 == 0) {
+  if (Dot::numbers == 1 && call.row_format == Format::f32 && !call.selection && call.row_bytes % 4 == 0 && words == call.width) {
     const Word* first = reinterpret_cast<const Word*>(rows[0]);
     return {count, {first, call.row_bytes / 4, 1}, {first, 1, call.row_bytes / 4}, count};
   }
@@ -296,6 +304,8 @@ Tile Attention<Dot>::load_tile(const char* const* rows, int count, Worker& worke
       for (int64_t v = 0; v < call.rank; v += F32::width)
         store_pairs(worker.values + i / 2 * value_stride + v, even + v, even + 2 * stride + v);
     }
+    const int pairs = (count + 1) / 2;
+    if (BY_TILES<Dot>) std::memset(worker.values + pairs * value_stride, 0, (TILE / 2 - pairs) * value_stride * sizeof(Word));
     return {count, keys, {worker.values, 1, value_stride}, (count + 1) / 2};
   }
 #endif
@@ -314,7 +324,7 @@ FOVEAL_INLINE void convert(const char* from, int64_t count, float scale, To* to)
 
 template <class Dot>
 void Attention<Dot>::read_row(const char* row, Number* out) const {
-  if (call.width % Dot::numbers) std::memset(out + call.width, 0, sizeof(Number));
+  std::memset(out + call.width, 0, (words * Dot::numbers - call.width) * sizeof(Number));
   if (call.row_format == Format::f32) return convert<float>(row, call.width, 1.0f, out);
   if (call.row_format == Format::bf16) {
     if (sizeof(Number) == sizeof(bf16))
@@ -337,19 +347,18 @@ template <class Dot>
 template <int N>
 void Attention<Dot>::attend_tile(const Tile& tile, const Word* q, Worker& worker, State state, const int* visible,
                                  bool first, Prefetch prefetch) const {
-  constexpr int columns = N * F32::width, step = 2 * block_rows<N>();
+  constexpr int columns = N * F32::width, step = Products<Dot>::template keys_at_once<N>;
   for (int row = 0; row < tile.count; row += step) {
     // As many of the next rows as are multiplied here: all at once would wait for the memory. A last tile is shorter.
     for (int i = row; i < row + step && i < prefetch.count; ++i)
       for (int64_t byte = 0; byte < call.row_bytes; byte += 64) __builtin_prefetch(prefetch.rows[i] + byte, 0, 2);
     const Left keys = {tile.keys.words + row * tile.keys.row_step, tile.keys.row_step, 1};
     const int rows = tile.count - row < step ? tile.count - row : step;
-    multiply_columns<Dot, N>(keys, rows, q, words, worker.scores + row * columns, false);
+    Products<Dot>::template score<N>(keys, rows, q, words, worker.scores + row * columns);
   }
   weigh<N>(tile, worker, state, visible, first);
   const Word* weights = Dot::numbers == 1 ? reinterpret_cast<const Word*>(worker.scores) : worker.weights;
-  const int rank = static_cast<int>(call.rank);
-  multiply_columns<Dot, N>(tile.values, rank, weights, tile.value_words, state.out, !first);
+  Products<Dot>::template add<N>(tile.values, tile.value_words, weights, call.rank, state.out, first);
 }
 
 FOVEAL_INLINE F32 load_counts(const int* counts) {
@@ -385,10 +394,7 @@ void Attention<Dot>::weigh(const Tile& tile, Worker& worker, State state, const 
     } else if (maximum(most - running) > LAG) {
       const F32 higher = max(most, running);
       const F32 shrink = exp(running - higher);
-      for (int64_t v = 0; v < call.rank; ++v) {
-        float* out = state.out + v * columns + n * F32::width;
-        store(out, load(out) * shrink);
-      }
+      Products<Dot>::scale(state.out, call.rank, columns, n, shrink);
       before = before * shrink;
       running = higher;
     }
@@ -409,6 +415,8 @@ void Attention<Dot>::weigh(const Tile& tile, Worker& worker, State state, const 
         sum = sum + even + odd;
         store_pairs(worker.weights + j / 2 * columns + n * F32::width, even, odd);
       }
+      for (int word = (tile.count + 1) / 2; BY_TILES<Dot> && word < TILE / 2; ++word)
+        store_pairs(worker.weights + word * columns + n * F32::width, zero(), zero());
     }
 #endif
     store(state.sum + n * F32::width, before + sum);
@@ -428,12 +436,11 @@ void Attention<Dot>::combine(const Block& block, const State* states, int64_t co
       for (int64_t r = 0; r < count; ++r) {
         const F32 share = exp(load(states[r].most + c + i) - most);
         sum = fma(share, load(states[r].sum + c + i), sum);
-        for (int64_t v = 0; v < call.rank; ++v) {
-          const int64_t place = c * call.rank + v * columns + i;
-          float* out = states[0].out + place;
-          const F32 part = load(states[r].out + place) * share;
-          store(out, r ? load(out) + part : part);
-        }
+        float* out = states[0].out + c * sums_size;
+        if (r)
+          Products<Dot>::add_scaled(out, states[r].out + c * sums_size, call.rank, columns, i / F32::width, share);
+        else
+          Products<Dot>::scale(out, call.rank, columns, i / F32::width, share);
       }
       store(states[0].sum + c + i, sum);
     }
@@ -446,18 +453,16 @@ void Attention<Dot>::write(const Block& block, State state) const {
   for (int c = 0; c < block.columns; ++c) {
     const int panel = c / PANEL * PANEL;
     const int columns = block.columns - panel > F32::width ? PANEL : F32::width;
-    const float* from = state.out + panel * call.rank + (c - panel);
+    const float* from = state.out + panel * sums_size;
     const float share = block.keys ? 1.0f / state.sum[c] : 0.0f;
     const int64_t row = (block.column + c) * call.rank;
     for (int64_t v = 0; v < call.rank; v += F32::width) {
       const int n = static_cast<int>(least(F32::width, call.rank - v));
-      float numbers[F32::width] = {};
-      if (block.keys)
-        for (int i = 0; i < n; ++i) numbers[i] = from[(v + i) * columns] * share;
+      const F32 values = block.keys ? Products<Dot>::values_of(from, call.rank, columns, c - panel, v) * set1(share) : zero();
       if (call.format == Format::f32)
-        store_partial(static_cast<float*>(call.out) + row + v, load(numbers), n);
+        store_partial(static_cast<float*>(call.out) + row + v, values, n);
       else
-        store_partial(static_cast<bf16*>(call.out) + row + v, load(numbers), n);
+        store_partial(static_cast<bf16*>(call.out) + row + v, values, n);
     }
   }
 }

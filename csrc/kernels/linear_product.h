@@ -48,7 +48,7 @@ void strips(const Corner& at, int64_t count, int64_t rows) {
 // Floats of scratch that `product` of so many rows needs.
 inline int64_t product_scratch(const Weight& weight, const Activations& a, int64_t rows) {
   if (is_fixed(weight.coding)) return ROWS_AT_ONCE * a.groups;
-  return rows > FEW ? TILE_SCRATCH : 0;
+  return rows > few_rows(weight) ? tile_scratch(weight, a, rows) : 0;
 }
 
 // c[m * c_stride + o] = activations[row + m] . weight[first + o], for m < rows and o < count. c_stride is a multiple of PANEL:
@@ -59,10 +59,10 @@ inline void product(const Weight& weight, const Activations& a, int64_t row, int
   Word* words = reinterpret_cast<Word*>(scratch);
   switch (weight.coding) {
     case Coding::f32:
-      if (rows > FEW) return tiles<float, FloatDot>(weight, a, row, rows, first, count, c, c_stride, words);
+      if (rows > few_rows(weight)) return tiles<float, FloatDot>(weight, a, row, rows, first, count, c, c_stride, words);
       return strips<Words<Floats>>(at, count, rows);
     case Coding::bf16:
-      if (rows > FEW) return tiles<bf16, Bf16Dot>(weight, a, row, rows, first, count, c, c_stride, words);
+      if (rows > few_rows(weight)) return tiles<bf16, Bf16Dot>(weight, a, row, rows, first, count, c, c_stride, words);
       return strips<Words<Bf16s>>(at, count, rows);
     case Coding::int8:
       return strips<Int8s>(at, count, rows);

@@ -16,7 +16,7 @@
 namespace foveal::FOVEAL_ISA {
 
 constexpr int BLOCK = 128;  // activations that share a scale
-constexpr int FEW = 8;      // rows of activations for which weights are streamed
+constexpr int FEW = 8;      // rows of activations for which weights are streamed, if not by tiles (linear_tiles.h)
 constexpr int ROWS_AT_ONCE = 4;
 constexpr int STREAM_AHEAD = 1024;  // bytes that are fetched before they are read, where rows follow one another
 

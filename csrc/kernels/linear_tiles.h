@@ -1,7 +1,8 @@
 // Products of f32 and bf16 weights with many rows of activations: tiles of packed panels (common/tile.h).
 //
 // K_BLOCK words of N_PANELS panels of weights are packed into a part of L2 and meet all rows of activations of the item; one
-// panel of them, and a few rows of activations, lie in L1 meanwhile.
+// panel of them, and a few rows of activations, lie in L1 meanwhile. Tiles of AMX take rows of weights as they lie in memory for
+// their left side: where rows of activations are the fewer, these are packed instead, and the result is turned.
 #pragma once
 
 #include "kernels/linear_rows.h"
@@ -75,10 +76,90 @@ void pack_panels(const Weight& weight, int64_t first, int64_t count, int64_t fro
 
 constexpr int64_t TILE_SCRATCH = static_cast<int64_t>(PANEL) * K_STRIDE + static_cast<int64_t>(K_BLOCK) * PANEL * N_PANELS;
 
+#if defined(FOVEAL_AMX)
+// Rows of activations up to which these are packed rather than the weights.
+constexpr int64_t ROWS_TURNED = 2 * PANEL;
+
+FOVEAL_INLINE bool is_turned(const Weight& weight, int64_t rows) {
+  return weight.coding == Coding::bf16 && rows <= ROWS_TURNED && weight.inputs % (2 * AMX) == 0;
+}
+
+// Rows of activations for which weights are streamed row by row.
+inline int64_t few_rows(const Weight& weight) { return is_turned(weight, FEW) ? FEW / 2 : FEW; }
+#else
+inline int64_t few_rows(const Weight&) { return FEW; }
+#endif
+
+#if defined(FOVEAL_AMX)
+
+// Up to PANEL rows of activations as columns: panel[words, PANEL].
+inline void pack_activations(const Word* x, int64_t rows, int64_t words, Word* panel) {
+  const Word none[8 * 8] = {};
+  Word last[8 * 8];
+  for (int64_t r = 0; r < PANEL; r += 8)
+    for (int64_t w = 0; w < words; w += 8) {
+      const int64_t there = rows - r < 8 ? rows - r : 8;
+      const Word *from = none, *block = x + r * words + w;
+      int64_t stride = 8;
+      if (there == 8) {
+        from = block, stride = words;
+      } else if (there > 0) {
+        std::memset(last, 0, sizeof last);
+        for (int64_t i = 0; i < there; ++i) std::memcpy(last + 8 * i, block + i * words, 8 * sizeof(Word));
+        from = last;
+      }
+      transpose8(from, stride, panel + w * PANEL + r, PANEL);
+    }
+}
+
+// c[m, o] = turned[o, m] for m < rows and o < PANEL.
+inline void turn_back(const float* turned, int64_t rows, float* c, int64_t c_stride) {
+  for (int64_t m = 0; m < rows; m += 8)
+    for (int64_t o = 0; o < PANEL; o += 8) {
+      Word block[8 * 8];
+      transpose8(reinterpret_cast<const Word*>(turned + o * PANEL + m), PANEL, block, 8);
+      for (int64_t i = 0; i < 8 && m + i < rows; ++i) std::memcpy(c + (m + i) * c_stride + o, block + 8 * i, 8 * sizeof(Word));
+    }
+}
+
+// As `tiles`, the weights on the left side.
+inline void turned_tiles(const Weight& weight, const Activations& a, int64_t row, int64_t rows, int64_t first, int64_t count,
+                         float* c, int64_t c_stride, Word* panel) {
+  const Word* weights = static_cast<const Word*>(weight.values) + first * (weight.inputs / 2);
+  alignas(64) float turned[PANEL * PANEL];
+  for (int64_t m = 0; m < rows; m += PANEL) {
+    const int64_t some = rows - m < PANEL ? rows - m : PANEL;
+    pack_activations(a.words + (row + m) * a.words_stride, some, a.words_stride, panel);
+    for (int64_t o = 0; o < count; o += PANEL) {
+      const int here = static_cast<int>(count - o < PANEL ? count - o : PANEL);
+      multiply_by_tiles(here, weights + o * (weight.inputs / 2), weight.inputs / 2, panel, static_cast<int>(a.words_stride),
+                        turned, PANEL, false);
+      turn_back(turned, some, c + m * c_stride + o, c_stride);
+    }
+  }
+}
+#endif
+
+// Words of scratch that `tiles` needs.
+inline int64_t tile_scratch(const Weight& weight, const Activations& a, int64_t rows) {
+#if defined(FOVEAL_AMX)
+  // Fewer rows than these may come too.
+  if (is_turned(weight, rows < ROWS_TURNED ? rows : ROWS_TURNED) && a.words_stride * PANEL > TILE_SCRATCH)
+    return a.words_stride * PANEL;
+#else
+  static_cast<void>(weight), static_cast<void>(a), static_cast<void>(rows);
+#endif
+  return TILE_SCRATCH;
+}
+
 // As `product`; c has room for whole panels.
 template <class Number, class Dot>
 void tiles(const Weight& weight, const Activations& a, int64_t row, int64_t rows, int64_t first, int64_t count, float* c,
            int64_t c_stride, Word* scratch) {
+  const Tiles tiles_of_this_thread;
+#if defined(FOVEAL_AMX)
+  if (is_turned(weight, rows)) return turned_tiles(weight, a, row, rows, first, count, c, c_stride, scratch);
+#endif
   const Word* x = a.words + row * a.words_stride;
   Word* panels = scratch + PANEL * K_STRIDE;
   for (int64_t o = 0; o < count; o += PANEL * N_PANELS) {

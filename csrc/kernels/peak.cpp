@@ -1,4 +1,4 @@
-// The tile product of common/tile.h without its memory: as many accumulators, one pair of operands in registers.
+// The products of common/tile.h without their memory: as many accumulators, one pair of operands in registers.
 #include "kernels/peak.h"
 
 #include "common/tile.h"
@@ -27,9 +27,22 @@ int64_t multiply(int64_t rounds) {
   return rounds * CHAINS * F32::width * Dot::numbers;
 }
 
+#if defined(FOVEAL_AMX)
+int64_t multiply_tile_registers(int64_t rounds) {
+  const Tiles tiles;
+  zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>(), zero_tile<4>(), zero_tile<5>();
+  for (int64_t round = 0; round < rounds; ++round)
+    multiply_bf16<0, 4, 5>(), multiply_bf16<1, 4, 5>(), multiply_bf16<2, 4, 5>(), multiply_bf16<3, 4, 5>();
+  return rounds * 4 * AMX * AMX * AMX * Bf16Dot::numbers;
+}
+#endif
+
 }  // namespace
 
 int64_t multiply_registers(Format format, int64_t rounds) {
+#if defined(FOVEAL_AMX)
+  if (format == Format::bf16) return multiply_tile_registers(rounds);
+#endif
   return format == Format::bf16 ? multiply<Bf16Dot>(rounds) : multiply<FloatDot>(rounds);
 }
 

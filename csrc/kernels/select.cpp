@@ -4,7 +4,8 @@
 // are too few tiles for the threads). Its queries are packed into panels of heads once (tile.h's B). Keys pass by KEYS at a
 // time: they are read where they are stored and converted into words once for all queries and heads of the tile (tile.h's
 // A; first-level cache), and each panel of heads is multiplied with them. Products never leave the registers: ReLU, head
-// weights and the sum over heads are applied to the accumulators, and one float a key is left.
+// weights and the sum over heads are applied to the accumulators, and one float a key is left. (Tiles of AMX are stored first,
+// 32 keys by 32 heads.)
 //
 // Scores are not stored either. A query keeps candidates, keys that may be among its topk, in order of position; what does
 // not exceed the floor, the topk-th best score so far, is dropped at once. When the candidates' memory is full, a radix
@@ -13,6 +14,8 @@
 //
 // A score depends on its query and key only, not on tiles or threads, and so does the selection.
 #include "kernels/select.h"
+
+#include <type_traits>
 
 #include "common/parallel.h"
 #include "common/scratch.h"
@@ -23,7 +26,12 @@ namespace foveal::FOVEAL_ISA {
 namespace {
 
 constexpr int QUERIES = 4;
+#if defined(FOVEAL_AMX)
+constexpr int KEYS = 96;
+static_assert(KEYS % (2 * AMX) == 0);
+#else
 constexpr int KEYS = 36;
+#endif
 static_assert(KEYS % TILE_ROWS == 0);
 // Queries that see no more than topk keys are filled in so many at a time.
 constexpr int FILLED = 64;
@@ -137,6 +145,7 @@ struct Selection {
     w.weights = scratch.take<float>(QUERIES * heads);
     w.offsets = scratch.take<int32_t>(QUERIES * heads);
     w.row = scratch.take<Word>(row_words);
+    std::memset(w.row, 0, row_words * sizeof(Word));
     w.keys = scratch.take<Word>(KEYS * row_words);
     std::memset(w.keys, 0, KEYS * row_words * sizeof(Word));
     w.scales = scratch.take<float>(KEYS);
@@ -243,6 +252,24 @@ struct Selection {
     }
   }
 
+#if defined(FOVEAL_AMX)
+  // As `score_rows`, for two tiles of keys.
+  template <int registers>
+  FOVEAL_INLINE void score_tiles(const Word* keys, const Word* panel, const float* weights, float* totals, bool first) const {
+    constexpr int M = 2 * AMX, width = registers * AMX;
+    using Number = std::conditional_t<Dot::numbers == 4, int32_t, float>;
+    alignas(64) Number sums[M * width];
+    multiply_tiles<Dot, 2, registers>(keys, row_words, panel, static_cast<int>(words), sums, width, false);
+    for (int m = 0; m < M; ++m) {
+      F32 total = first ? zero() : load(totals + m * F32::width);
+#pragma GCC unroll 2
+      for (int n = 0; n < registers; ++n)
+        total = fma(max(to_float(load(sums + m * width + n * AMX)), zero()), load(weights + n * F32::width), total);
+      store(totals + m * F32::width, total);
+    }
+  }
+#endif
+
   // One panel of heads, which begins with `head`, and `count` keys. Rows that fill up the last tile hold older keys; what
   // becomes of them is not looked at.
   template <int registers>
@@ -250,8 +277,14 @@ struct Selection {
     const Word* panel = w.panels + (q * heads + head) * words;
     const float* weights = w.weights + q * heads + head;
     const int32_t* offsets = w.offsets + q * heads + head;
-    for (int n = 0; n < count; n += TILE_ROWS)
-      score_rows<registers>(w.keys + n * row_words, panel, weights, offsets, totals + n * F32::width, head == 0);
+#if defined(FOVEAL_AMX)
+    if constexpr (BY_TILES<Dot>) {
+      for (int n = 0; n < count; n += 2 * AMX)
+        score_tiles<registers>(w.keys + n * row_words, panel, weights, totals + n * F32::width, head == 0);
+    } else
+#endif
+      for (int n = 0; n < count; n += TILE_ROWS)
+        score_rows<registers>(w.keys + n * row_words, panel, weights, offsets, totals + n * F32::width, head == 0);
   }
 
   // Keys that are wanted next: fetched piece by piece, while others are multiplied.
@@ -270,11 +303,16 @@ struct Selection {
       else
         score_panel<1>(w, q, head, count, totals);
     }
-    for (int n = 0; n < count; ++n) w.scores[n] = sum(load(totals + n * F32::width)) * w.scales[n];
+    for (int n = 0; n < count; n += 4) {
+      const float* four = totals + n * F32::width;
+      store_sums(w.scores + n, load(four), load(four + F32::width), load(four + 2 * F32::width), load(four + 3 * F32::width));
+    }
+    for (int n = 0; n < count; n += F32::width) store(w.scores + n, load(w.scores + n) * load(w.scales + n));
   }
 
   void run_item(Workspace& w, const Item& item, const Slots& slots) const {
     if (item.position < s.topk) return fill(item);
+    const Tiles tiles;
     for (int q = 0; q < item.queries; ++q) {
       pack_query(w, q, item.query + q);
       w.candidates[q].clear();

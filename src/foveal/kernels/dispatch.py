@@ -21,6 +21,8 @@ class Version(Generic[Params, Result]):
     devices: tuple[str, ...]
     accepts: Callable[Params, bool] | None
     """Whether it can serve some arguments; None: it serves all."""
+    special: bool = False
+    """Preferred for the few arguments that it accepts: no call's usual version."""
 
 
 class Operation(Generic[Params, Result]):
@@ -42,11 +44,12 @@ class Operation(Generic[Params, Result]):
         differentiable: bool,
         devices: tuple[str, ...] = ("cpu", "cuda"),
         accepts: Callable[Params, bool] | None = None,
+        special: bool = False,
     ) -> Callable[[Callable[Params, Result]], Callable[Params, Result]]:
         """Register a version (a decorator). Later ones are preferred, for arguments that they accept."""
 
         def register(function: Callable[Params, Result]) -> Callable[Params, Result]:
-            self._add(Version(name, function, differentiable, devices, accepts))
+            self._add(Version(name, function, differentiable, devices, accepts, special))
             return function
 
         return register
@@ -57,8 +60,8 @@ class Operation(Generic[Params, Result]):
         return tuple(self._versions)
 
     def chosen(self, device: str = "cpu", *, gradients: bool = False) -> str:
-        """The version that a call on `device` runs, for arguments that every version accepts."""
-        return next(self._candidates(device, gradients)).name
+        """The version that a call on `device` usually runs: the preferred one for arguments that all accept."""
+        return next(version.name for version in self._candidates(device, gradients) if not version.special)
 
     def __call__(self, *args: Params.args, **kwargs: Params.kwargs) -> Result:
         """Run the preferred version for the arguments given. ValueError where a forced one cannot serve them."""

@@ -14,7 +14,7 @@ from foveal.kernels.keys import KeySource, Queries
 from foveal.kernels.packed import gather_tiles, packed_rows, rows_of
 
 # Scores of one tile: queries x heads (attention's or the indexer's, whichever are more) x keys.
-TILE_SCORES = 1 << 19
+TILE_SCORES = 1 << 21
 
 
 @operation(differentiable=True)
@@ -111,7 +111,9 @@ def _index_divergence_tiled(
     """
     rows_TK = None if selection_TK is None else packed_rows(selection_TK, keys, queries)
     starts = keys.contexts.starts
-    target = _Target(q_THP.detach(), rows_of(keys).detach(), starts, queries, scale, rows_TK)
+    # Widened once: each key meets every later tile.
+    k_RGP = widened(rows_of(keys).detach())
+    target = _Target(q_THP.detach(), k_RGP, starts, queries, scale, rows_TK)
     result: Any = _Divergence.apply(q_TIJ, weights_TI, rows_of(index_keys), token_weights_T, target)  # type: ignore[no-untyped-call]
     loss, divergence_T = result
     return loss, divergence_T

@@ -38,6 +38,7 @@ def compare(
     lengths: list[int],
     paged: bool,
     queries: Queries,
+    slack: float = 0.0,
     **options: object,
 ) -> None:
     q, k, v = tensors
@@ -47,7 +48,7 @@ def compare(
     )
     result = attention(q, *sources(k, v, lengths, paged), queries, **arguments, version=isa)
     assert result.dtype == q.dtype and not result.isnan().any()
-    close(result, expected)
+    close(result, expected, slack)
 
 
 @each_isa
@@ -118,7 +119,10 @@ def test_large_scores(isa: str, count: int) -> None:
     q, k, v = random_case((2, 1, 16, 16), [count], [300], torch.float32)
     k[150] *= 300
     k[280] *= 500
-    compare(isa, (q * 30, k, v), [300], False, make_queries([count], [300]))
+    q *= 30
+    # What float32 rounds off the scores themselves, where the largest two of a query are close.
+    largest = 0.3 * torch.einsum("thp,ngp->thn", q, k).abs().max().item()
+    compare(isa, (q, k, v), [300], False, make_queries([count], [300]), slack=largest * 2**-23)
 
 
 @each_isa

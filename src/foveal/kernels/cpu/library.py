@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foveal.kernels.dispatch import Operation, Params, Result
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 """All that kernels are compiled for, lowest first."""
 LIMIT = "FOVEAL_ISA"
 """The environment variable that names the highest instruction set to use; "none": no compiled kernels."""
@@ -54,6 +54,12 @@ def instruction_sets() -> tuple[Kernels, ...]:
 def installed() -> bool:
     """Whether the extension is there."""
     return _extension() is not None
+
+
+def is_intel() -> bool:
+    """Whether the processor is Intel's, for which torch's float32 products are made; False without the extension."""
+    extension = _extension()
+    return bool(extension and extension.intel)
 
 
 def pool_name() -> str | None:

@@ -3,8 +3,11 @@
 import torch
 from torch import Tensor
 
-from foveal.kernels.cpu.library import DTYPES, FORMATS, Kernels, address, compiled
+from foveal.kernels.cpu.library import DTYPES, FORMATS, Kernels, address, compiled, instruction_sets, is_intel
 from foveal.kernels.matmul import QuantisedWeight, Weight, linear
+
+# Rows of activations from which torch's products win where it has been written for the processor.
+_MANY = 128
 
 # The numbers of `Coding` in csrc/kernels/linear.h.
 CODINGS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
@@ -49,3 +52,17 @@ def _linear(kernels: Kernels, x_TX: Tensor, weight: Weight, bias: Tensor | None 
     sizes = rows, FORMATS[x_TX.dtype], torch.get_num_threads()
     kernels.run.linear(address(x_TX), x_TX.stride(0), weight_arguments(weight), *out, *sizes)
     return out_TY
+
+
+def _torch_wins(x_TX: Tensor, weight: Weight, bias: Tensor | None = None) -> bool:
+    # benchmarks/kernels.py. With AMX also for quantised weights, although they are widened for each call.
+    if x_TX.shape[0] < _MANY or not instruction_sets():
+        return False
+    if x_TX.dtype == torch.bfloat16 and instruction_sets()[-1].isa == "amx":
+        return isinstance(weight, QuantisedWeight) or not weight.is_mkldnn
+    return x_TX.dtype == torch.float32 and is_intel() and isinstance(weight, Tensor) and not weight.is_mkldnn
+
+
+@linear.add("many rows", differentiable=False, devices=("cpu",), accepts=_torch_wins, special=True)
+def _linear_many_rows(x_TX: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    return linear(x_TX, weight, bias, version="torch")
