@@ -164,7 +164,8 @@ def linear(x_TX: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 
 
 @linear.add("torch", differentiable=True)
-def _linear_torch(x_TX: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+def linear_torch(x_TX: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """`linear` by torch; a quantised weight is widened first."""
     return plain_linear(x_TX, weight.dequantise(x_TX.dtype) if isinstance(weight, QuantisedWeight) else weight, bias)
 
 

@@ -29,8 +29,8 @@ def wide(weight: Weight) -> Tensor:
 
 
 def check_product(result: Tensor, x: Tensor, weight: Weight, bias: Tensor | None = None, slack: float = 0.0) -> None:
-    """Every number is near that of float64, by the size of the row and the column that it comes from; slack: how much of
-    that more."""
+    """Every number is near that of float64, by the size of the row and the column that it comes from (slack: so much
+    more of that)."""
     expected = x.double() @ wide(weight).T
     bound = (slack + (FIXED if isinstance(weight, QuantisedWeight) else EXACT)) * x.double().norm(dim=1)[:, None]
     bound = bound * wide(weight).norm(dim=1)
@@ -79,7 +79,7 @@ def test_many_rows_and_long_ones(isa: str, kind: str) -> None:
 @pytest.mark.parametrize("rows", [5, 16, 31, 32, 33, 64, 65])
 @pytest.mark.parametrize(("outputs", "inputs"), [(40, 1056), (3, 32), (130, 64)])
 def test_rows_of_a_batch(isa: str, rows: int, outputs: int, inputs: int) -> None:
-    """Tiles that weights or activations do not fill, on whichever side of a product they stand; more rows than these."""
+    """Tiles that weights or activations do not fill, on either side of a product; more rows than one has."""
     x, weight, bias = (torch.randn(shape).bfloat16() for shape in ((rows, inputs), (outputs, inputs), (outputs,)))
     check_product(linear(x, weight, bias, version=isa), x, weight, bias)
 

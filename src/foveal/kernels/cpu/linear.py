@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from foveal.kernels.cpu.library import DTYPES, FORMATS, Kernels, address, compiled, instruction_sets, is_intel
-from foveal.kernels.matmul import QuantisedWeight, Weight, linear
+from foveal.kernels.matmul import QuantisedWeight, Weight, linear, linear_torch
 
 # Rows of activations from which torch's products win where it has been written for the processor.
 _MANY = 128
@@ -63,6 +63,4 @@ def _torch_wins(x_TX: Tensor, weight: Weight, bias: Tensor | None = None) -> boo
     return x_TX.dtype == torch.float32 and is_intel() and isinstance(weight, Tensor) and not weight.is_mkldnn
 
 
-@linear.add("many rows", differentiable=False, devices=("cpu",), accepts=_torch_wins, special=True)
-def _linear_many_rows(x_TX: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-    return linear(x_TX, weight, bias, version="torch")
+linear.add("many rows", differentiable=False, devices=("cpu",), accepts=_torch_wins, special=True)(linear_torch)
