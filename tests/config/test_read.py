@@ -256,6 +256,14 @@ def test_yarn_without_a_factor() -> None:
     assert read_config(DEEPSEEK_V32 | {"rope_scaling": yarn}) == read_config(DEEPSEEK_V32)
 
 
+@pytest.mark.parametrize("kind", ["linear", "dynamic"])
+def test_an_original_length_that_scales_nothing(kind: str) -> None:
+    """Refused, though transformers v4 documented it for dynamic rope, and no version reads it."""
+    rope = {"type": kind, "factor": 2.0}
+    stated = rope | {"original_max_position_embeddings": 64}
+    assert read_config(LLAMA | {"rope_scaling": stated}) == read_config(LLAMA | {"rope_scaling": rope})
+
+
 def test_jamba_pattern() -> None:
     """Attention or experts on the wrong layers."""
     config = read_config(LLAMA | {"model_type": "jamba", "num_hidden_layers": 16})
@@ -347,6 +355,8 @@ def test_inert_fields_are_accepted() -> None:
     """A released config being refused for what changes nothing."""
     inert = {"use_cache": True, "architectures": ["X"], "_name_or_path": "a/b", "router_jitter_noise": 0.0}
     empty = {"unheard_of": None, "mlp_only_layers": [], "nothing": {}, "blank": ""}
+    old = {"pretraining_tp": 2, "rope_scaling": {"type": "default", "original_max_position_embeddings": 64}}
+    assert read_config(LLAMA | old) == read_config(LLAMA)
     off = {"use_sliding_window": False, "use_mrope": False, "is_llama_config": False, "tie_encoder_decoder": False}
     assert read_config(LLAMA | inert | empty | off | {"is_causal": True}) == read_config(LLAMA)
 

@@ -41,6 +41,32 @@ def test_loaded_weights_give_the_logits_of_transformers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama", {"hidden_act": "swish"}),
+        ("llama", {"hidden_act": "gelu_new"}),
+        ("mamba", {"hidden_act": "gelu"}),
+        ("mamba2", {"hidden_act": "gelu"}),
+        ("mamba2", {"time_step_limit": [0.3, 0.5]}),
+        ("jamba", {"hidden_act": "gelu"}),
+        ("kimi_linear", {"hidden_act": "gelu"}),
+        ("qwen3_next", {"hidden_act": "gelu"}),
+        ("qwen3_next", {"num_experts": 0}),
+        ("deepseek_v3", {"n_shared_experts": 0}),
+        ("deepseek_v32", {"mlp_bias": True}),
+    ],
+)
+@torch.no_grad()
+def test_what_transformers_computes_another_way(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """Guards against settings that transformers honours, or states without honouring them, read otherwise."""
+    oracle = make_oracle(name, tmp_path, **changes)
+    ids_SN = torch.randint(3, 128, (2, 40))
+    expected = oracle(ids_SN).logits
+    # The oracle's chunks of a delta rule are off by up to 3e-4 (see tests/engine/test_parity.py).
+    assert (load_model(tmp_path)(ids_SN) - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
     ("stored", "asked", "expected"),
     [
         ("float32", "auto", torch.float32),

@@ -9,8 +9,9 @@ from foveal.config.model import RopeConfig, RopeKind, RopeScaling
 
 _KEYS = {
     "default": set[str](),
-    "linear": {"factor"},
-    "dynamic": {"factor"},
+    # Both stretch what max_position_embeddings says; the original length is only stated, as in transformers.
+    "linear": {"factor", "original_max_position_embeddings"},
+    "dynamic": {"factor", "original_max_position_embeddings"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": {
         "factor",

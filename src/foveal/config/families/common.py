@@ -58,7 +58,17 @@ V3_DEFAULTS: Mapping[str, Any] = {
     "n_shared_experts": 1,
     "first_k_dense_replace": 3,
 }
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+# By the names that configs give them.
+ACTIVATIONS: Mapping[str, str] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_pytorch_tanh",
+    "gelu_new": "gelu_pytorch_tanh",
+    "gelu_fast": "gelu_pytorch_tanh",
+    "relu": "relu",
+}
 
 
 def model(fields: Fields, layers: tuple[LayerConfig, ...]) -> ModelConfig:
@@ -141,9 +151,9 @@ def mlp(fields: Fields, *, bias: bool = False) -> MLPConfig:
 
 
 def activation(fields: Fields) -> str:
-    """The feed-forward's activation."""
+    """The activation of feed-forwards, and of what follows a convolution."""
     fields.expect("hidden_act", *ACTIVATIONS)
-    return str(fields.get("hidden_act", "silu"))
+    return ACTIVATIONS[fields.get("hidden_act", "silu")]
 
 
 def mla(fields: Fields, *, interleaved: bool = True) -> MLAConfig:
@@ -209,7 +219,7 @@ def own_indexers(fields: Fields) -> list[bool]:
     return [known[kind] for kind in types]
 
 
-def moe(fields: Fields, router: RouterConfig) -> MoEConfig:
+def moe(fields: Fields, router: RouterConfig, *, bias: bool = False) -> MoEConfig:
     """DeepSeek's experts: routed ones and one always-on of `n_shared_experts` times their width."""
     hidden = fields.positive("moe_intermediate_size")
     experts = fields.positive("n_routed_experts")
@@ -226,7 +236,7 @@ def moe(fields: Fields, router: RouterConfig) -> MoEConfig:
         router=router,
         shared_hidden=hidden * fields.whole("n_shared_experts", 0),
         activation=activation(fields),
-        bias=fields.flag("mlp_bias"),
+        bias=bias,
     )
 
 
@@ -256,7 +266,9 @@ def sparse_feed_forwards(fields: Fields, expert_config: MoEConfig) -> list[FeedF
     ]
     if len(types) != count or set(types) - {"dense", "sparse"}:
         raise ValueError(f"config.json: 'mlp_layer_types' must be {count} of 'dense' or 'sparse', not {types}")
-    dense = mlp(fields, bias=fields.flag("mlp_bias"))
+    # Only V2 has such biases. V3 and its descendants state them and have none; others would be among the weights.
+    fields.skip("mlp_bias")
+    dense = mlp(fields, bias=expert_config.bias)
     return [expert_config if kind == "sparse" else dense for kind in types]
 
 

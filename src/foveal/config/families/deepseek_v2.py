@@ -12,7 +12,8 @@ def read(fields: Fields) -> ModelConfig:
     fields.default(bos_token_id=1, eos_token_id=2, n_shared_experts=2)
     fields.expect("rope_interleave", True)
     attention = common.mla(fields)
-    feed_forwards = common.sparse_feed_forwards(fields, common.moe(fields, _router(fields)))
+    experts = common.moe(fields, _router(fields), bias=fields.flag("mlp_bias"))
+    feed_forwards = common.sparse_feed_forwards(fields, experts)
     return common.model(fields, tuple((BlockConfig(attention), BlockConfig(part)) for part in feed_forwards))
 
 

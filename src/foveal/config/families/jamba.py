@@ -48,7 +48,6 @@ def _pattern(fields: Fields, period: str, default_period: int, offset: str, defa
 def _mamba(fields: Fields) -> MambaConfig:
     hidden = fields.positive("hidden_size")
     fields.expect("mamba_inner_layernorms", True)
-    fields.expect("hidden_act", "silu")
     rank = fields.get("mamba_dt_rank", "auto")
     return MambaConfig(
         inner=fields.positive("mamba_expand", 2) * hidden,
@@ -57,4 +56,5 @@ def _mamba(fields: Fields) -> MambaConfig:
         dt_rank=math.ceil(hidden / 16) if rank == "auto" else fields.positive("mamba_dt_rank"),
         conv_bias=fields.flag("mamba_conv_bias", True),
         proj_bias=fields.flag("mamba_proj_bias"),
+        activation=common.activation(fields),
     )

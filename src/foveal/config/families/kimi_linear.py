@@ -57,6 +57,7 @@ def _kda(fields: Fields) -> KDAConfig:
         heads=settings.positive("num_heads", fields.positive("linear_num_heads", 32)),
         head_dim=settings.positive("head_dim", fields.positive("linear_head_dim", 128)),
         conv=settings.positive("short_conv_kernel_size", fields.positive("linear_conv_kernel_dim", 4)),
+        activation=common.activation(fields),
     )
     settings.finish()
     return config
