@@ -26,7 +26,6 @@ KIMI: dict[str, Any] = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 12,
     "num_experts": 8,
-    "num_experts_per_token": 2,
     "linear_attn_config": {
         "full_attn_layers": [2, 4],
         "kda_layers": [1, 3],
@@ -44,7 +43,6 @@ NEXT: dict[str, Any] = {
     "intermediate_size": 96,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
-    "max_position_embeddings": 512,
 }
 ALL = {raw["model_type"]: raw for raw in (KIMI, MAMBA, MAMBA2, NEXT)}
 

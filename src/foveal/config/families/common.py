@@ -57,6 +57,7 @@ V3_DEFAULTS: Mapping[str, Any] = {
     "topk_group": 4,
     "n_shared_experts": 1,
     "first_k_dense_replace": 3,
+    "num_experts_per_tok": 8,
 }
 # By the names that configs give them.
 ACTIVATIONS: Mapping[str, str] = {

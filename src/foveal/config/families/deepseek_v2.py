@@ -9,7 +9,7 @@ NAMES = common.LLAMA_NAMES
 
 def read(fields: Fields) -> ModelConfig:
     """See `foveal.config.read_config`."""
-    fields.default(bos_token_id=1, eos_token_id=2, n_shared_experts=2)
+    fields.default(bos_token_id=1, eos_token_id=2, n_shared_experts=2, max_position_embeddings=2048)
     fields.expect("rope_interleave", True)
     attention = common.mla(fields)
     experts = common.moe(fields, _router(fields), bias=fields.flag("mlp_bias"))

@@ -9,7 +9,7 @@ NAMES = common.LLAMA_NAMES
 
 def read(fields: Fields) -> ModelConfig:
     """See `foveal.config.read_config`."""
-    fields.default(**common.V3_DEFAULTS, num_mtp_layers=1)
+    fields.default(**common.V3_DEFAULTS, num_mtp_layers=1, max_position_embeddings=4096)
     attention = common.mla(fields, interleaved=fields.flag("rope_interleave", True))
     feed_forwards = common.sparse_feed_forwards(fields, common.moe(fields, common.noaux_router(fields)))
     return common.model(fields, tuple((BlockConfig(attention), BlockConfig(part)) for part in feed_forwards))

@@ -16,7 +16,7 @@ NAMES = common.WeightNames(
 
 def read(fields: Fields) -> ModelConfig:
     """See `foveal.config.read_config`."""
-    fields.default(bos_token_id=1, eos_token_id=2, num_key_value_heads=8)
+    fields.default(bos_token_id=1, eos_token_id=2, num_key_value_heads=8, max_position_embeddings=262144)
     attention, mamba, dense = common.gqa(fields, rope=False), _mamba(fields), common.mlp(fields)
     experts = MoEConfig(
         experts=fields.positive("num_experts", 16),

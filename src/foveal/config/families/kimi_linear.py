@@ -19,6 +19,7 @@ def read(fields: Fields) -> ModelConfig:
         rms_norm_eps=1e-5,
         first_k_dense_replace=1,
         num_shared_experts=1,
+        num_experts_per_token=8,
         max_position_embeddings=fields.positive("model_max_length", 1 << 20),
     )
     fields.expect("mla_use_nope", True)

@@ -24,7 +24,7 @@ NAMES = common.WeightNames(
 
 def read(fields: Fields) -> ModelConfig:
     """See `foveal.config.read_config`."""
-    fields.default(num_key_value_heads=2, head_dim=256)
+    fields.default(num_key_value_heads=2, head_dim=256, max_position_embeddings=32768)
     attention, delta = _attention(fields), _gated_delta(fields)
     layers = tuple(
         (BlockConfig(attention if attends else delta), BlockConfig(feed_forward))
