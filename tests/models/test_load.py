@@ -66,6 +66,15 @@ def test_what_transformers_computes_another_way(name: str, changes: dict[str, An
     assert (load_model(tmp_path)(ids_SN) - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
+@torch.no_grad()
+def test_kimi_linear_as_transformers_saves_it(tmp_path: Path) -> None:
+    """Guards against dense layers that are refused for the name of experts."""
+    released, saved = tmp_path / "released", tmp_path / "saved"
+    oracle, ids_SN = make_oracle("kimi_linear", released), torch.arange(40).reshape(2, 20)
+    oracle.save_pretrained(saved)
+    assert torch.equal(load_model(saved)(ids_SN), load_model(released)(ids_SN))
+
+
 @pytest.mark.parametrize(
     ("stored", "asked", "expected"),
     [

@@ -60,6 +60,8 @@ def open_safetensors(directory: Path) -> Checkpoint:
     stored: dict[str, _Entry] = {}
     for file in _shards(directory):
         for name, entry in _entries(file).items():
+            for theirs, ours in weight_names(config.family).spellings:
+                name = re.sub(theirs, ours, name)
             if name in stored:
                 raise ValueError(f"{directory}: {name} is stored in both {stored[name].file.name} and {file.name}")
             stored[name] = entry

@@ -40,6 +40,8 @@ class WeightNames:
     prediction: str | None = None
     """Where multi-token-prediction layers stand, if not behind the others."""
     renames: tuple[tuple[str, str], ...] = ()
+    spellings: tuple[tuple[str, str], ...] = ()
+    """Names that some checkpoints have instead: what `re.sub` is to replace in them, and by what."""
 
 
 LLAMA_NAMES = WeightNames()

@@ -8,6 +8,8 @@ from foveal.config.model import BlockConfig, KDAConfig, MLAConfig, ModelConfig, 
 NAMES = common.WeightNames(
     operations={"kda": "self_attn", "mla": "self_attn", "mlp": "mlp", "moe": "block_sparse_moe"},
     renames=common.NUMBERED_EXPERTS,
+    # transformers saves dense layers so.
+    spellings=((r"\.block_sparse_moe\.(gate|up|down)_proj\.", r".mlp.\1_proj."),),
 )
 
 

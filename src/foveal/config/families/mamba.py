@@ -12,6 +12,7 @@ NAMES = common.WeightNames(
     layer="backbone.layers.{}",
     norms=("norm",),
     operations={"mamba": "mixer", "mamba2": "mixer"},
+    spellings=((r"^backbone\.embedding\.", "backbone.embeddings."),),  # state-spaces' own
 )
 # A state does not grow with the sequence, and nothing counts positions.
 _NO_LIMIT = 1 << 30
