@@ -45,6 +45,7 @@ def test_loaded_weights_give_the_logits_of_transformers(tmp_path: Path) -> None:
     [
         ("llama", {"hidden_act": "swish"}),
         ("llama", {"hidden_act": "gelu_new"}),
+        ("qwen2", {"hidden_size": 66, "use_sliding_window": False}),  # heads of 16, and 2 dimensions over
         ("mamba", {"hidden_act": "gelu"}),
         ("mamba2", {"hidden_act": "gelu"}),
         ("mamba2", {"time_step_limit": [0.3, 0.5]}),

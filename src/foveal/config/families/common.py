@@ -109,8 +109,6 @@ def gqa(
     hidden, heads = fields.positive("hidden_size"), fields.positive("num_attention_heads")
     kv_heads = fields.positive("num_key_value_heads", heads)
     head_dim = fields.positive("head_dim", max(1, hidden // heads))
-    if fields.get("head_dim") is None and hidden % heads:
-        raise ValueError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
     if heads % kv_heads:
         raise ValueError(
             f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
