@@ -206,7 +206,7 @@ def randomise(model: transformers.PreTrainedModel, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         noise = torch.randn(tensor.shape, generator=generator)
-        if "inv_freq" in name:
+        if "inv_freq" in name or not tensor.numel():
             continue
         if "norm" in name and name.endswith("weight"):
             tensor.copy_(1 + 0.3 * noise)

@@ -83,7 +83,6 @@ SIZES = {
     "num_hidden_layers": 5,
     "num_attention_heads": 32,
     "vocab_size": 100,
-    "max_position_embeddings": 128,
 }
 MLA_SIZES = SIZES | {
     "num_key_value_heads": 32,
@@ -94,16 +93,15 @@ MLA_SIZES = SIZES | {
     "v_head_dim": 12,
     "moe_intermediate_size": 32,
     "n_routed_experts": 32,
-    "num_experts_per_tok": 4,
 }
 MINIMAL: dict[str, dict[str, Any]] = {
     "llama": SIZES,
     "mistral": SIZES,
     "qwen2": SIZES,
     "qwen3": SIZES,
-    "mixtral": SIZES | {"num_local_experts": 6, "num_experts_per_tok": 2},
+    "mixtral": SIZES | {"num_local_experts": 6},
     "jamba": SIZES | {"num_hidden_layers": 16},
-    "deepseek_v2": MLA_SIZES,
+    "deepseek_v2": MLA_SIZES | {"num_experts_per_tok": 4},
     "deepseek_v3": MLA_SIZES,
     "deepseek_v32": MLA_SIZES,
     "glm_moe_dsa": MLA_SIZES,
@@ -265,6 +263,14 @@ def test_yarn_without_a_factor() -> None:
     assert read_config(DEEPSEEK_V32 | {"rope_scaling": yarn}) == read_config(DEEPSEEK_V32)
 
 
+@pytest.mark.parametrize("kind", ["linear", "dynamic"])
+def test_an_original_length_that_scales_nothing(kind: str) -> None:
+    """Refused, though transformers v4 documented it for dynamic rope, and no version reads it."""
+    rope = {"type": kind, "factor": 2.0}
+    stated = rope | {"original_max_position_embeddings": 64}
+    assert read_config(LLAMA | {"rope_scaling": stated}) == read_config(LLAMA | {"rope_scaling": rope})
+
+
 def test_jamba_pattern() -> None:
     """Attention or experts on the wrong layers."""
     config = read_config(LLAMA | {"model_type": "jamba", "num_hidden_layers": 16})
@@ -356,6 +362,14 @@ def test_inert_fields_are_accepted() -> None:
     """A released config being refused for what changes nothing."""
     inert = {"use_cache": True, "architectures": ["X"], "_name_or_path": "a/b", "router_jitter_noise": 0.0}
     empty = {"unheard_of": None, "mlp_only_layers": [], "nothing": {}, "blank": ""}
+    old = {
+        "pretraining_tp": 2,
+        "max_sequence_length": 16384,
+        "n_ctx": 256,
+        "seq_length": 256,
+        "rope_scaling": {"type": "default", "original_max_position_embeddings": 64},
+    }
+    assert read_config(LLAMA | old) == read_config(LLAMA)
     off = {"use_sliding_window": False, "use_mrope": False, "is_llama_config": False, "tie_encoder_decoder": False}
     assert read_config(LLAMA | inert | empty | off | {"is_causal": True}) == read_config(LLAMA)
 

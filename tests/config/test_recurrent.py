@@ -1,5 +1,6 @@
 """Recurrent families and the built-in facts."""
 
+import math
 from typing import Any
 
 import pytest
@@ -25,7 +26,6 @@ KIMI: dict[str, Any] = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 12,
     "num_experts": 8,
-    "num_experts_per_token": 2,
     "linear_attn_config": {
         "full_attn_layers": [2, 4],
         "kda_layers": [1, 3],
@@ -43,7 +43,6 @@ NEXT: dict[str, Any] = {
     "intermediate_size": 96,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
-    "max_position_embeddings": 512,
 }
 ALL = {raw["model_type"]: raw for raw in (KIMI, MAMBA, MAMBA2, NEXT)}
 
@@ -86,6 +85,13 @@ def test_mamba_as_released() -> None:
     assert config.tied_embeddings and config.norm_eps == 1e-5 and config.max_positions > 1 << 25
 
 
+def test_codestral_mamba_as_released() -> None:
+    """The one big Mamba-2 being refused for what transformers and others do not read."""
+    said = {"norm_before_gate": True, "rms_norm": True, "intermediate_size": 128, "time_step_limit": [0.0, math.inf]}
+    initial = {"time_step_scale": 1.0, "time_step_init_scheme": "random", "time_step_rank": 4, "time_step_min": 0.001}
+    assert read_config(MAMBA2 | said | initial) == read_config(MAMBA2)
+
+
 @pytest.mark.parametrize("raw", ALL.values(), ids=ALL)
 def test_what_a_config_leaves_out_is_what_transformers_takes(raw: dict[str, Any]) -> None:
     """A default that is not the family's, and the fields that transformers v5 writes instead of a dictionary."""
@@ -114,15 +120,16 @@ def test_kimi_layers_without_a_pattern() -> None:
         (KIMI, {"linear_attn_config": KIMI["linear_attn_config"] | {"gate": 1}}, "'gate' = 1"),
         (KIMI, {"layer_types": ["full_attention"]}, "'layer_types' must be 4"),
         (KIMI, {"num_key_value_heads": 2}, "'num_key_value_heads' = 2"),
-        (MAMBA, {"hidden_act": "relu"}, "'hidden_act' = 'relu'"),
+        (MAMBA, {"hidden_act": "tanh"}, "'hidden_act' = 'tanh'"),
         (MAMBA, {"intermediate_size": 64}, "'intermediate_size' = 64"),
         (MAMBA, {"rms_norm": False}, "'rms_norm' = False"),
         (MAMBA, {"state_size": 0}, "'state_size'"),
         (MAMBA, {"unheard_of": 1}, "'unheard_of' = 1"),
         (MAMBA2, {"num_heads": 7}, "7 heads of 16 in 8 groups"),
         (MAMBA2, {"n_groups": 3}, "8 heads of 16 in 3 groups"),
-        (MAMBA2, {"time_step_limit": [0.0, 1.0]}, "'time_step_limit' = "),
-        (MAMBA2, {"norm_before_gate": True}, "'norm_before_gate' = True"),
+        (MAMBA2, {"time_step_limit": [0.0]}, "'time_step_limit' must be two numbers"),
+        (MAMBA2, {"time_step_limit": 0.5}, "'time_step_limit' must be two numbers"),
+        (MAMBA2, {"intermediate_size": 64}, "'intermediate_size' = 64"),
         (NEXT, {"linear_num_value_heads": 24}, "linear_num_value_heads 24"),
         (NEXT, {"partial_rotary_factor": 1.5}, "'partial_rotary_factor'"),
         (NEXT, {"partial_rotary_factor": 0.5, "rope_scaling": {"partial_rotary_factor": 0.25}}, "'partial_rotary"),

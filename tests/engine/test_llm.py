@@ -132,6 +132,14 @@ def test_end_tokens_of_both_config_files(decoder: FakeDecoder, monkeypatch: pyte
         assert len(LLM("fake").generate("a", GREEDY)[0].outputs[0].token_ids) == count
 
 
+@pytest.mark.parametrize("eos", ["2", [2, None], True])
+def test_an_end_token_that_is_none_is_named(decoder: FakeDecoder, monkeypatch: pytest.MonkeyPatch, eos: object) -> None:
+    """Guards against a TypeError from sorting, or a token that never comes."""
+    monkeypatch.setattr(llm_module, "generation_defaults", lambda path: {"eos_token_id": eos})
+    with pytest.raises(ValueError, match=r"generation_config\.json: 'eos_token_id' must be"):
+        LLM("fake")
+
+
 def test_options_arrive(decoder: FakeDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against an option that is taken and dropped, and against torch's name of fp8."""
     options: dict[str, Any] = {}

@@ -27,6 +27,13 @@ def test_no_more_than_the_demand_and_no_more_than_a_share() -> None:
     assert cache_size(STATELESS, CacheDemand(3, 200, False, snapshots=9), None, "cpu") == CacheSize(1 + 3 * 4, 0)
 
 
+def test_pages_that_are_only_numbers_are_not_listed_by_the_billion() -> None:
+    """Guards against a Mamba taking all memory for the numbers of pages: no position limits its length."""
+    stateful = SimpleNamespace(page_bytes=0, slot_bytes=100)
+    assert cache_size(stateful, CacheDemand(64, 1 << 30, False), None, "cpu") == CacheSize(1 + (1 << 18), 65)
+    assert cache_size(stateful, CacheDemand(64, 1 << 30, True), None, "cpu") == CacheSize(1 + (1 << 24), 65)
+
+
 def test_a_length_that_was_asked_for_fits_or_is_refused() -> None:
     """Guards against accepting a length that no request can ever have."""
     assert cache_size(SIZES, CacheDemand(1, 64 * 80, True), None, "cpu").pages == 81

@@ -41,6 +41,42 @@ def test_loaded_weights_give_the_logits_of_transformers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama", {"hidden_act": "swish"}),
+        ("llama", {"hidden_act": "gelu_new"}),
+        ("qwen2", {"hidden_size": 66, "use_sliding_window": False}),  # heads of 16, and 2 dimensions over
+        ("mamba", {"hidden_act": "gelu"}),
+        ("mamba2", {"hidden_act": "gelu"}),
+        ("mamba2", {"time_step_limit": [0.3, 0.5]}),
+        ("jamba", {"hidden_act": "gelu"}),
+        ("kimi_linear", {"hidden_act": "gelu"}),
+        ("qwen3_next", {"hidden_act": "gelu"}),
+        ("qwen3_next", {"num_experts": 0}),
+        ("deepseek_v3", {"n_shared_experts": 0}),
+        ("deepseek_v32", {"mlp_bias": True}),
+    ],
+)
+@torch.no_grad()
+def test_what_transformers_computes_another_way(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """Guards against settings that transformers honours, or states without honouring them, read otherwise."""
+    oracle = make_oracle(name, tmp_path, **changes)
+    ids_SN = torch.randint(3, 128, (2, 40))
+    expected = oracle(ids_SN).logits
+    # The oracle's chunks of a delta rule are off by up to 3e-4 (see tests/engine/test_parity.py).
+    assert (load_model(tmp_path)(ids_SN) - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_kimi_linear_as_transformers_saves_it(tmp_path: Path) -> None:
+    """Guards against dense layers that are refused for the name of experts."""
+    released, saved = tmp_path / "released", tmp_path / "saved"
+    oracle, ids_SN = make_oracle("kimi_linear", released), torch.arange(40).reshape(2, 20)
+    oracle.save_pretrained(saved)
+    assert torch.equal(load_model(saved)(ids_SN), load_model(released)(ids_SN))
+
+
+@pytest.mark.parametrize(
     ("stored", "asked", "expected"),
     [
         ("float32", "auto", torch.float32),

@@ -106,6 +106,8 @@ class MambaConfig:
     conv_bias: bool = True
     proj_bias: bool = False
     norms: bool = True
+    activation: str = "silu"
+    """Of what the convolution makes."""
 
     @property
     def inputs_shape(self) -> tuple[int, int]:
@@ -149,6 +151,10 @@ class Mamba2Config:
     conv: int
     conv_bias: bool = True
     proj_bias: bool = False
+    activation: str = "silu"
+    """Of what the convolution makes."""
+    dt_limits: tuple[float, float] | None = None
+    """The least and the most that a time step may be."""
 
     @property
     def inner(self) -> int:
@@ -174,6 +180,8 @@ class KDAConfig:
     heads: int
     head_dim: int
     conv: int
+    activation: str = "silu"
+    """Of what the convolution makes."""
 
     @property
     def inputs_shape(self) -> tuple[int, int]:
@@ -196,6 +204,8 @@ class GatedDeltaConfig:
     key_dim: int
     value_dim: int
     conv: int
+    activation: str = "silu"
+    """Of what the convolution makes."""
 
     @property
     def inputs_shape(self) -> tuple[int, int]:

@@ -9,8 +9,9 @@ from foveal.config.model import RopeConfig, RopeKind, RopeScaling
 
 _KEYS = {
     "default": set[str](),
-    "linear": {"factor"},
-    "dynamic": {"factor"},
+    # Both stretch what max_position_embeddings says; the original length is only stated, as in transformers.
+    "linear": {"factor", "original_max_position_embeddings"},
+    "dynamic": {"factor", "original_max_position_embeddings"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": {
         "factor",
@@ -21,6 +22,7 @@ _KEYS = {
         "mscale",
         "mscale_all_dim",
         "truncate",
+        "finetuned",
     },
 }
 _MOST_STRETCHED = 1_000_000  # times; beyond that a factor is a mistake
@@ -90,7 +92,7 @@ def _settings(fields: Fields, name: str, *, partial: bool) -> dict[str, Any]:
     if unknown and kind != "default":
         raise ValueError(f"config.json: {name} key '{unknown[0]}' is not supported for type {kind!r}")
     for key in sorted(settings.keys() & (_KEYS[kind] | {"rope_theta"})):
-        if not is_number(settings[key]) and not (key == "truncate" and isinstance(settings[key], bool)):
+        if not is_number(settings[key]) and not (key in ("truncate", "finetuned") and isinstance(settings[key], bool)):
             raise ValueError(f"config.json: {name} key '{key}' must be a number, not {settings[key]!r}")
     if not partial and settings.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(

@@ -286,6 +286,8 @@ def _eos_ids(path: Path | None, config: ModelConfig) -> list[int]:
     """End-of-sequence ids of both config files; chat models often have more of them in generation_config.json."""
     eos = None if path is None else generation_defaults(path).get("eos_token_id")
     more = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(token) is int for token in more):
+        raise ValueError(f"generation_config.json: 'eos_token_id' must be a token id or a list of them, not {eos!r}")
     return sorted({*config.eos_token_ids, *more})
 
 

@@ -11,6 +11,9 @@ from foveal.cache import PAGE_SIZE
 # Of free memory; the rest is for activations, and on a CPU for everything else that the machine does.
 _SHARE = {"cpu": 0.5, "cuda": 0.85}
 _GIB = 2**30
+# Where no layer keeps pages they cost nothing but a number each, of which the pool makes a list: enough for 16 million
+# tokens. A Mamba counts no positions, and 64 sequences of any length would be a list of a billion.
+_NUMBERS = 1 << 18
 
 
 class Sizes(Protocol):
@@ -81,7 +84,7 @@ def cache_size(sizes: Sizes, demand: CacheDemand, budget: int | None, device: to
     if demand.snapshots and sizes.slot_bytes:
         share = (budget - fixed) * demand.snapshots // wanted
         snapshots = max(0, min(share, (budget - least) // sizes.slot_bytes))
-    # A model without attention layers needs no memory for pages, only their numbers.
     rest = budget - fixed - snapshots * sizes.slot_bytes
-    pages = rest // sizes.page_bytes if sizes.page_bytes else most_pages
+    numbers = max(pages_each if demand.whole else 1, min(most_pages, _NUMBERS))
+    pages = rest // sizes.page_bytes if sizes.page_bytes else numbers
     return CacheSize(1 + pages, 1 + demand.sequences + snapshots if sizes.slot_bytes else 0)

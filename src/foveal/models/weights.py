@@ -60,6 +60,8 @@ def open_safetensors(directory: Path) -> Checkpoint:
     stored: dict[str, _Entry] = {}
     for file in _shards(directory):
         for name, entry in _entries(file).items():
+            for theirs, ours in weight_names(config.family).spellings:
+                name = re.sub(theirs, ours, name)
             if name in stored:
                 raise ValueError(f"{directory}: {name} is stored in both {stored[name].file.name} and {file.name}")
             stored[name] = entry
@@ -154,6 +156,8 @@ def _skip(stored: Mapping[str, _Entry], config: ModelConfig) -> dict[str, _Entry
     """What is left of `stored` without the tensors that a decoder has no use for."""
     names = weight_names(config.family)
     head, embedding = f"{names.head}.weight", f"{names.embedding}.weight"
+    # transformers stores empty matrices for shared experts that there are none of.
+    stored = {name: entry for name, entry in stored.items() if 0 not in entry.shape}
     kept = {name: entry for name, entry in stored.items() if not name.endswith("rotary_emb.inv_freq")}
     if len(kept) < len(stored):
         logger.warning("skipped %d rotary buffers: they are computed", len(stored) - len(kept))

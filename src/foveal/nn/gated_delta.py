@@ -6,6 +6,7 @@ from torch.nn.functional import silu, softplus
 
 from foveal.config.model import GatedDeltaConfig
 from foveal.kernels import Queries, causal_conv, delta_rule
+from foveal.kernels.activation import ACTIVATIONS
 from foveal.nn.linear import ExactLinear, Linear
 from foveal.nn.norm import RMSNorm
 from foveal.nn.recurrent import Convolution, Recurrent, unit
@@ -35,7 +36,8 @@ class GatedDelta(Recurrent):
         mixed_TX, z_THV, beta_TH, dt_TH = self._project(x_TD)
         mixed_TX, inputs_SWX = causal_conv(mixed_TX, self.conv1d.weight[:, 0], None, inputs_SWX, queries)
         keys = config.key_heads * config.key_dim
-        q_TX, k_TX, v_TX = silu(mixed_TX).float().split([keys, keys, config.heads * config.value_dim], -1)
+        mixed_TX = ACTIVATIONS[config.activation](mixed_TX).float()
+        q_TX, k_TX, v_TX = mixed_TX.split([keys, keys, config.heads * config.value_dim], -1)
         q_TGP, k_TGP = (unit(part_TX.unflatten(-1, (config.key_heads, -1))) for part_TX in (q_TX, k_TX))
         v_THV = v_TX.unflatten(-1, (config.heads, -1))
         decay_TH1 = (-self.A_log.exp() * softplus(dt_TH.float() + self.dt_bias))[..., None]

@@ -2,10 +2,11 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu, softplus
+from torch.nn.functional import softplus
 
 from foveal.config.model import KDAConfig
 from foveal.kernels import Queries, causal_conv, delta_rule
+from foveal.kernels.activation import ACTIVATIONS
 from foveal.nn.linear import ExactLinear, FusedLinear, Linear
 from foveal.nn.norm import RMSNorm
 from foveal.nn.recurrent import FusedConvolution, Recurrent, unit
@@ -39,7 +40,8 @@ class KDA(Recurrent):
         """See `Recurrent.recur`."""
         heads, dim = self.config.heads, self.config.head_dim
         qkv_TX, inputs_SWX = causal_conv(self.qkv_proj(x_TD), self.qkv_conv1d.weight[:, 0], None, inputs_SWX, queries)
-        q_THP, k_THP, v_THP = silu(qkv_TX).float().unflatten(-1, (3, heads, dim)).unbind(1)
+        qkv_TX = ACTIVATIONS[self.config.activation](qkv_TX).float()
+        q_THP, k_THP, v_THP = qkv_TX.unflatten(-1, (3, heads, dim)).unbind(1)
         dt_THP = softplus(self.f_b_proj(self.f_a_proj(x_TD)).float() + self.dt_bias).unflatten(-1, (heads, dim))
         decay_THP = -self.A_log[0].exp() * dt_THP
         beta_TH = self.b_proj(x_TD).float().sigmoid()

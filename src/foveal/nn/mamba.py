@@ -6,6 +6,7 @@ from torch.nn.functional import silu, softplus
 
 from foveal.config.model import MambaConfig
 from foveal.kernels import Queries, causal_conv, selective_scan
+from foveal.kernels.activation import ACTIVATIONS
 from foveal.nn.linear import ExactLinear, Linear
 from foveal.nn.norm import RMSNorm
 from foveal.nn.recurrent import Convolution, Recurrent
@@ -39,7 +40,7 @@ class Mamba(Recurrent):
         config = self.config
         u_TX, gate_TX = self.in_proj(x_TD).chunk(2, -1)
         u_TX, inputs_SWX = causal_conv(u_TX, self.conv1d.weight[:, 0], self.conv1d.bias, inputs_SWX, queries)
-        u_TX = silu(u_TX)
+        u_TX = ACTIVATIONS[config.activation](u_TX)
         dt_TR, b_TY, c_TY = self.x_proj(u_TX).split([config.dt_rank, config.state, config.state], -1)
         if config.norms:
             dt_TR, b_TY, c_TY = self.dt_layernorm(dt_TR), self.b_layernorm(b_TY), self.c_layernorm(c_TY)

@@ -6,6 +6,7 @@ from torch.nn.functional import silu, softplus
 
 from foveal.config.model import Mamba2Config
 from foveal.kernels import Queries, causal_conv, ssd
+from foveal.kernels.activation import ACTIVATIONS
 from foveal.nn.linear import Linear
 from foveal.nn.norm import GroupedRMSNorm
 from foveal.nn.recurrent import Convolution, Recurrent
@@ -36,12 +37,14 @@ class Mamba2(Recurrent):
         inner, shared = config.inner, config.groups * config.state
         gate_TX, mixed_TX, dt_TH = self.in_proj(x_TD).split([inner, inner + 2 * shared, config.heads], -1)
         mixed_TX, inputs_SWX = causal_conv(mixed_TX, self.conv1d.weight[:, 0], self.conv1d.bias, inputs_SWX, queries)
-        x_TX, b_TX, c_TX = silu(mixed_TX).float().split([inner, shared, shared], -1)
+        x_TX, b_TX, c_TX = ACTIVATIONS[config.activation](mixed_TX).float().split([inner, shared, shared], -1)
         x_THP, b_TGY, c_TGY = (
             part.unflatten(-1, (count, -1))
             for part, count in ((x_TX, config.heads), (b_TX, config.groups), (c_TX, config.groups))
         )
         dt_TH = softplus(dt_TH.float() + self.dt_bias)
+        if config.dt_limits:
+            dt_TH = dt_TH.clamp(*config.dt_limits)
         y_THP, state_S = ssd(x_THP, dt_TH, -self.A_log.exp(), b_TGY, c_TGY, state_S, queries)
         y_TX = (y_THP + self.D[:, None] * x_THP).flatten(1) * silu(gate_TX.float())
         return self.out_proj(self.norm(y_TX).to(x_TD.dtype)), inputs_SWX, state_S

@@ -40,6 +40,8 @@ class WeightNames:
     prediction: str | None = None
     """Where multi-token-prediction layers stand, if not behind the others."""
     renames: tuple[tuple[str, str], ...] = ()
+    spellings: tuple[tuple[str, str], ...] = ()
+    """Names that some checkpoints have instead: what `re.sub` is to replace in them, and by what."""
 
 
 LLAMA_NAMES = WeightNames()
@@ -57,8 +59,19 @@ V3_DEFAULTS: Mapping[str, Any] = {
     "topk_group": 4,
     "n_shared_experts": 1,
     "first_k_dense_replace": 3,
+    "num_experts_per_tok": 8,
 }
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+# By the names that configs give them.
+ACTIVATIONS: Mapping[str, str] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_pytorch_tanh",
+    "gelu_new": "gelu_pytorch_tanh",
+    "gelu_fast": "gelu_pytorch_tanh",
+    "relu": "relu",
+}
 
 
 def model(fields: Fields, layers: tuple[LayerConfig, ...]) -> ModelConfig:
@@ -96,8 +109,6 @@ def gqa(
     hidden, heads = fields.positive("hidden_size"), fields.positive("num_attention_heads")
     kv_heads = fields.positive("num_key_value_heads", heads)
     head_dim = fields.positive("head_dim", max(1, hidden // heads))
-    if fields.get("head_dim") is None and hidden % heads:
-        raise ValueError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
     if heads % kv_heads:
         raise ValueError(
             f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
@@ -141,9 +152,9 @@ def mlp(fields: Fields, *, bias: bool = False) -> MLPConfig:
 
 
 def activation(fields: Fields) -> str:
-    """The feed-forward's activation."""
+    """The activation of feed-forwards, and of what follows a convolution."""
     fields.expect("hidden_act", *ACTIVATIONS)
-    return str(fields.get("hidden_act", "silu"))
+    return ACTIVATIONS[fields.get("hidden_act", "silu")]
 
 
 def mla(fields: Fields, *, interleaved: bool = True) -> MLAConfig:
@@ -209,7 +220,7 @@ def own_indexers(fields: Fields) -> list[bool]:
     return [known[kind] for kind in types]
 
 
-def moe(fields: Fields, router: RouterConfig) -> MoEConfig:
+def moe(fields: Fields, router: RouterConfig, *, bias: bool = False) -> MoEConfig:
     """DeepSeek's experts: routed ones and one always-on of `n_shared_experts` times their width."""
     hidden = fields.positive("moe_intermediate_size")
     experts = fields.positive("n_routed_experts")
@@ -226,7 +237,7 @@ def moe(fields: Fields, router: RouterConfig) -> MoEConfig:
         router=router,
         shared_hidden=hidden * fields.whole("n_shared_experts", 0),
         activation=activation(fields),
-        bias=fields.flag("mlp_bias"),
+        bias=bias,
     )
 
 
@@ -256,7 +267,9 @@ def sparse_feed_forwards(fields: Fields, expert_config: MoEConfig) -> list[FeedF
     ]
     if len(types) != count or set(types) - {"dense", "sparse"}:
         raise ValueError(f"config.json: 'mlp_layer_types' must be {count} of 'dense' or 'sparse', not {types}")
-    dense = mlp(fields, bias=fields.flag("mlp_bias"))
+    # Only V2 has such biases. V3 and its descendants state them and have none; others would be among the weights.
+    fields.skip("mlp_bias")
+    dense = mlp(fields, bias=expert_config.bias)
     return [expert_config if kind == "sparse" else dense for kind in types]
 
 

@@ -9,10 +9,11 @@ NAMES = common.LLAMA_NAMES
 
 def read(fields: Fields) -> ModelConfig:
     """See `foveal.config.read_config`."""
-    fields.default(bos_token_id=1, eos_token_id=2, n_shared_experts=2)
+    fields.default(bos_token_id=1, eos_token_id=2, n_shared_experts=2, max_position_embeddings=2048)
     fields.expect("rope_interleave", True)
     attention = common.mla(fields)
-    feed_forwards = common.sparse_feed_forwards(fields, common.moe(fields, _router(fields)))
+    experts = common.moe(fields, _router(fields), bias=fields.flag("mlp_bias"))
+    feed_forwards = common.sparse_feed_forwards(fields, experts)
     return common.model(fields, tuple((BlockConfig(attention), BlockConfig(part)) for part in feed_forwards))
 
 

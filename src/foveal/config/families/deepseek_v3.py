@@ -9,7 +9,7 @@ NAMES = common.LLAMA_NAMES
 
 def read(fields: Fields) -> ModelConfig:
     """See `foveal.config.read_config`."""
-    fields.default(**common.V3_DEFAULTS)
+    fields.default(**common.V3_DEFAULTS, max_position_embeddings=4096)
     if "num_nextn_predict_layers" not in fields.raw:
         fields.default(num_mtp_layers=1)  # Moonlight's config says that there are none
     attention = common.mla(fields, interleaved=fields.flag("rope_interleave", True))

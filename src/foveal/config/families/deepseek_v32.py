@@ -9,5 +9,5 @@ NAMES = common.LLAMA_NAMES
 
 def read(fields: Fields) -> ModelConfig:
     """See `foveal.config.read_config`."""
-    fields.default(**common.V3_DEFAULTS, index_n_heads=64)
+    fields.default(**common.V3_DEFAULTS, index_n_heads=64, max_position_embeddings=163840)
     return common.sparse_attention_model(fields, interleaved_index=False)

@@ -16,7 +16,7 @@ NAMES = common.WeightNames(
 
 def read(fields: Fields) -> ModelConfig:
     """See `foveal.config.read_config`."""
-    fields.default(bos_token_id=1, eos_token_id=2, num_key_value_heads=8)
+    fields.default(bos_token_id=1, eos_token_id=2, num_key_value_heads=8, max_position_embeddings=262144)
     attention, mamba, dense = common.gqa(fields, rope=False), _mamba(fields), common.mlp(fields)
     experts = MoEConfig(
         experts=fields.positive("num_experts", 16),
@@ -48,7 +48,6 @@ def _pattern(fields: Fields, period: str, default_period: int, offset: str, defa
 def _mamba(fields: Fields) -> MambaConfig:
     hidden = fields.positive("hidden_size")
     fields.expect("mamba_inner_layernorms", True)
-    fields.expect("hidden_act", "silu")
     rank = fields.get("mamba_dt_rank", "auto")
     return MambaConfig(
         inner=fields.positive("mamba_expand", 2) * hidden,
@@ -57,4 +56,5 @@ def _mamba(fields: Fields) -> MambaConfig:
         dt_rank=math.ceil(hidden / 16) if rank == "auto" else fields.positive("mamba_dt_rank"),
         conv_bias=fields.flag("mamba_conv_bias", True),
         proj_bias=fields.flag("mamba_proj_bias"),
+        activation=common.activation(fields),
     )

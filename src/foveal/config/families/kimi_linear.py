@@ -8,6 +8,8 @@ from foveal.config.model import BlockConfig, KDAConfig, MLAConfig, ModelConfig, 
 NAMES = common.WeightNames(
     operations={"kda": "self_attn", "mla": "self_attn", "mlp": "mlp", "moe": "block_sparse_moe"},
     renames=common.NUMBERED_EXPERTS,
+    # transformers saves dense layers so.
+    spellings=((r"\.block_sparse_moe\.(gate|up|down)_proj\.", r".mlp.\1_proj."),),
 )
 
 
@@ -19,6 +21,7 @@ def read(fields: Fields) -> ModelConfig:
         rms_norm_eps=1e-5,
         first_k_dense_replace=1,
         num_shared_experts=1,
+        num_experts_per_token=8,
         max_position_embeddings=fields.positive("model_max_length", 1 << 20),
     )
     fields.expect("mla_use_nope", True)
@@ -57,6 +60,7 @@ def _kda(fields: Fields) -> KDAConfig:
         heads=settings.positive("num_heads", fields.positive("linear_num_heads", 32)),
         head_dim=settings.positive("head_dim", fields.positive("linear_head_dim", 128)),
         conv=settings.positive("short_conv_kernel_size", fields.positive("linear_conv_kernel_dim", 4)),
+        activation=common.activation(fields),
     )
     settings.finish()
     return config

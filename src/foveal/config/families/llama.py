@@ -9,9 +9,8 @@ NAMES = common.LLAMA_NAMES
 
 def read(fields: Fields) -> ModelConfig:
     """See `foveal.config.read_config`."""
-    fields.default(bos_token_id=1, eos_token_id=2)
+    fields.default(bos_token_id=1, eos_token_id=2, max_position_embeddings=2048)
     fields.expect("rope_interleaved", False)
-    fields.expect("pretraining_tp", 1)
     bias = fields.flag("attention_bias")
     attention = common.gqa(fields, qkv_bias=bias, o_bias=bias)
     feed_forward = common.mlp(fields, bias=fields.flag("mlp_bias"))

@@ -13,6 +13,7 @@ NAMES = common.WeightNames(
 def read(fields: Fields) -> ModelConfig:
     """See `foveal.config.read_config`."""
     fields.default(bos_token_id=1, eos_token_id=2, num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1e6)
+    fields.default(max_position_embeddings=4096 * 32, num_experts_per_tok=2)
     experts = MoEConfig(
         experts=fields.positive("num_local_experts"),
         per_token=fields.positive("num_experts_per_tok"),

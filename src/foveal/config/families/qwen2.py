@@ -9,7 +9,7 @@ NAMES = common.LLAMA_NAMES
 
 def read(fields: Fields) -> ModelConfig:
     """See `foveal.config.read_config`."""
-    fields.default(num_key_value_heads=32, sliding_window=4096)
+    fields.default(num_key_value_heads=32, sliding_window=4096, max_position_embeddings=32768)
     feed_forward = BlockConfig(common.mlp(fields))
     layers = tuple(
         (BlockConfig(common.gqa(fields, qkv_bias=True, window=window)), feed_forward)

@@ -9,7 +9,7 @@ NAMES = common.LLAMA_NAMES
 
 def read(fields: Fields) -> ModelConfig:
     """See `foveal.config.read_config`."""
-    fields.default(num_key_value_heads=32, sliding_window=4096, head_dim=128)
+    fields.default(num_key_value_heads=32, sliding_window=4096, head_dim=128, max_position_embeddings=32768)
     bias = fields.flag("attention_bias")
     feed_forward = BlockConfig(common.mlp(fields))
     layers = tuple(

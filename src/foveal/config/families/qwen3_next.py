@@ -24,7 +24,7 @@ NAMES = common.WeightNames(
 
 def read(fields: Fields) -> ModelConfig:
     """See `foveal.config.read_config`."""
-    fields.default(num_key_value_heads=2, head_dim=256)
+    fields.default(num_key_value_heads=2, head_dim=256, max_position_embeddings=32768)
     attention, delta = _attention(fields), _gated_delta(fields)
     layers = tuple(
         (BlockConfig(attention if attends else delta), BlockConfig(feed_forward))
@@ -45,13 +45,13 @@ def _gated_delta(fields: Fields) -> GatedDeltaConfig:
         raise ValueError(
             f"config.json: linear_num_value_heads {heads} is not a multiple of linear_num_key_heads {key_heads}"
         )
-    fields.expect("hidden_act", "silu")  # also that of the convolution
     return GatedDeltaConfig(
         heads=heads,
         key_heads=key_heads,
         key_dim=fields.positive("linear_key_head_dim", 128),
         value_dim=fields.positive("linear_value_head_dim", 128),
         conv=fields.positive("linear_conv_kernel_dim", 4),
+        activation=common.activation(fields),
     )
 
 
@@ -75,6 +75,9 @@ def _feed_forwards(fields: Fields) -> list[FeedForwardConfig]:
     if not isinstance(dense_layers, list) or not all(type(layer) is int for layer in dense_layers):
         raise ValueError(f"config.json: 'mlp_only_layers' must be a list of layers, not {dense_layers!r}")
     dense = common.mlp(fields)
+    if fields.whole("num_experts", 512) == 0:
+        fields.skip("num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size", "norm_topk_prob")
+        return [dense] * count
     experts = MoEConfig(
         experts=fields.positive("num_experts", 512),
         per_token=fields.positive("num_experts_per_tok", 10),
