@@ -249,9 +249,10 @@ def test_a_copy_that_fails_is_made_up_for() -> None:
     assert world.run(request("b", 200))["b"].outputs[0].token_ids == expected.outputs[0].token_ids
 
 
-def test_nan_logits_fail_their_request_alone() -> None:
+@pytest.mark.parametrize("logit", [float("nan"), float("inf"), float("-inf")])
+def test_broken_logits_fail_their_request_alone(logit: float) -> None:
     """Guards against tokens drawn from NaN, and against one bad sequence taking its batch with it."""
-    world = make_world(model=FakeModel(nan_on=258))
+    world = make_world(model=FakeModel(broken={258: logit}))
     final = world.run(Request("bad", [5, 258], request("x", 1, n=3).params), request("good", 20))
     assert "NaN" in (final["bad"].error or "") and final["bad"].outputs[2].finish_reason == "error"
     assert final["good"].outputs[0].token_ids == expected(request("good", 20))
@@ -384,6 +385,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         request("a", 3, stop_token_ids=[1, 999]),
         request("a", 3, logprobs=VOCABULARY + 1),
         request("a", 3, stop="x"),
+        request("a", 3, min_tokens=1, stop_token_ids=list(range(VOCABULARY))),
     ]
     for one in bad:
         with pytest.raises(ValueError):
