@@ -17,6 +17,7 @@ import openai
 import pytest
 
 from foveal import LLM, SamplingParams
+from foveal.server.run import configuration
 
 from .serving import MODEL, Server, serving, wait_until
 
@@ -184,6 +185,23 @@ def test_metrics(own: Server) -> None:
         "foveal_cache_usage_ratio 0.0",
     ):
         assert line in text.splitlines()
+
+
+def test_a_body_that_does_not_come(tiny_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a drain that one half-sent request holds up for ever."""
+    monkeypatch.setattr("foveal.server.app._BODY_SECONDS", 1.0)
+    with serving(LLM(tiny_folder, max_num_seqs=8)) as server, connect(server.url) as connection:
+        connection.sendall(head("/v1/completions", b"x" * 100) + b"{")
+        wait_until(lambda: server.answering == 1)
+        server.drain()  # the block ends where the server has
+        answer = b"".join(iter(lambda: connection.recv(1000), b""))
+    assert b" 408 " in answer and b"in 1 seconds" in answer
+
+
+def test_idle_connections_outlive_their_clients(own: Server) -> None:
+    """Guards against a connection that is closed just as a client takes it up again."""
+    expiry = openai.DEFAULT_CONNECTION_LIMITS.keepalive_expiry
+    assert expiry is not None and configuration(own.service).timeout_keep_alive > expiry
 
 
 @contextmanager
