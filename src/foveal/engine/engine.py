@@ -100,7 +100,7 @@ class Engine:
         if request.id in self._requests:
             raise ValueError(f"request_id {request.id!r} is taken by a request that is not finished")
         if not request.prompt_ids:
-            raise ValueError("the prompt has no tokens")
+            raise ValueError("prompt has no tokens")
         asked = {
             "prompt_token_ids": request.prompt_ids,
             "logit_bias": params.logit_bias or (),

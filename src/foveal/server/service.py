@@ -118,22 +118,23 @@ class Service:
             requests = [Request(uuid.uuid4().hex, prompt.ids, sampling, cache_salt=salt) for prompt in prompts]
             for request in requests:
                 self._engine.check(request)
-                self._check_length(request)
+                self._check_length(request, body)
             return requests
 
         try:
             # Not in the event loop: a grammar may take a second to compile.
             requests = await asyncio.get_running_loop().run_in_executor(self._tokenizing, checked)
         except ValueError as error:
-            raise bad_value(error, list(type(body).model_fields)) from None
+            raise bad_value(error, list(type(body).model_fields), names={"prompt": body.prompt_name}) from None
         http.state.log |= {"prompt_tokens": sum(len(prompt.ids) for prompt in prompts)}
         http.state.log |= {} if body.user is None else {"user": body.user}
         return self.worker.submit(requests, stream=bool(body.stream))
 
-    def _check_length(self, request: Request) -> None:
-        prompt, completion = request.prompt_length, request.params.max_tokens or 1
+    def _check_length(self, request: Request, body: Sampling) -> None:
+        prompt, params = request.prompt_length, request.params
+        completion = params.max_tokens or max(1, params.min_tokens)
         if prompt + completion > self.max_model_len:
-            param = "max_tokens" if prompt < self.max_model_len else "prompt"
+            param = body.length_name if completion > 1 and prompt < self.max_model_len else body.prompt_name
             asked = f"{param}: {prompt} tokens of the prompt and {completion} to follow"
             room = f"the {self.max_model_len} that the model and its cache have room for"
             raise ApiError(400, f"{asked} are more than {room}", param=param, code="context_length_exceeded")
@@ -148,7 +149,7 @@ class Service:
             return await asyncio.get_running_loop().run_in_executor(self._tokenizing, call)
         except (ValueError, TypeError, jinja2.TemplateError) as error:
             # A template's own refusal, no template at all, tools that are none, or text that is no Unicode.
-            known = [] if body is None else list(type(body).model_fields)
+            known = [param] if body is None else list(type(body).model_fields)
             raise bad_value(error, known, otherwise=param) from None
 
 

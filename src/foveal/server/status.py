@@ -37,7 +37,7 @@ async def tokenize(body: TokenizeRequest, service: ServiceOf) -> Tokens:
         prompt = await service.encode_messages(body.messages)
     else:
         assert body.prompt is not None
-        prompt = await service.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+        prompt = await service.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
     return Tokens(tokens=prompt.ids, count=len(prompt.ids), max_model_len=service.max_model_len)
 
 
