@@ -207,3 +207,29 @@ def test_models_without_an_indexer(browser: "Browser", tmp_path: Path) -> None:
             assert words in page.locator("#verdict").inner_text()
             assert sum(shades(page)) == (24 if name == "mistral" else 0)
             page.close()
+
+
+@pytest.mark.slow
+def test_a_model_without_a_chat_template(browser: "Browser", tmp_path: Path) -> None:
+    """Guards against a page that can do nothing with a base model: it continues a text, as it was typed."""
+    tokens = save_words(byte_level("gpt-2"), tmp_path)
+    make_oracle("deepseek_v32", tmp_path, vocab_size=tokens, max_position_embeddings=1024, eos_token_id=None)
+    with serving(LLM(tmp_path, dtype="float32")) as server:
+        page = browser.new_page()
+        page.goto(server.url)
+        page.wait_for_selector("#empty:has-text('Write a beginning.')")
+        page.click("#settings-button")
+        assert not page.locator("#system").is_visible()
+        page.fill("#max-tokens", "20")
+        page.click("#settings-button")
+        for text in ("The naïve cat ", "And now"):
+            count = page.locator(".foot").count()
+            page.fill("#prompt", text)
+            page.keyboard.press("Enter")
+            page.wait_for_selector(f".foot >> nth={count}")
+        assert page.locator(".wrong").count() == 0
+        page.locator(".foot button >> nth=1").click()
+        sequence = "".join(page.locator("#context .t").all_text_contents())
+        page.close()
+    assert sequence.startswith("<bos>The naïve cat " if "<bos>" in sequence else "The naïve cat ")
+    assert "↵\n↵\nAnd now" in sequence

@@ -192,13 +192,15 @@ class ChatChunk(BaseModel):
 
 
 class Model(BaseModel):
-    """`max_model_len`: most tokens of a prompt and its completion together."""
+    """`max_model_len`: most tokens of a prompt and its completion together. `chat`: whether it has a chat template,
+    without which it only continues texts."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["foveal"] = "foveal"
     max_model_len: int
+    chat: bool
 
 
 class Models(BaseModel):

@@ -74,6 +74,11 @@ class Service:
         return self._engine.longest
 
     @property
+    def chats(self) -> bool:
+        """Whether the model has a chat template."""
+        return bool(self._tokenizer.chat_template)
+
+    @property
     def max_body_bytes(self) -> int:
         """Longer bodies are refused: no prompt that fits needs them."""
         return max(_LEAST_BODY_BYTES, _BODY_BYTES_PER_TOKEN * self.max_model_len)

@@ -77,4 +77,9 @@ async def metrics(service: ServiceOf) -> Response:
 
 
 def _model(service: Service) -> Model:
-    return Model(id=service.settings.model_name, created=service.created, max_model_len=service.max_model_len)
+    return Model(
+        id=service.settings.model_name,
+        created=service.created,
+        max_model_len=service.max_model_len,
+        chat=service.chats,
+    )
