@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -149,6 +150,17 @@ def test_reasoning_is_apart(chat: Any) -> None:
     assert said == [answer.message.reasoning_content or "", answer.message.content]
     assert said[0] and "</think>" not in said[0] + said[1]
     assert chat(extra_body=thinking, max_tokens=9).choices[0].message.content == ""
+
+
+def test_a_model_without_a_template(tmp_path: Path) -> None:
+    """Guards against another library's words about a template that clients cannot give, and a list that hides it."""
+    with serving(LLM(write_tiny_model(tmp_path, template=""), max_num_seqs=1)) as server, server.client() as client:
+        for path in ("/chat/completions", "/../tokenize"):
+            body: dict[str, Any] = {"model": MODEL, "messages": USER}
+            with pytest.raises(openai.BadRequestError, match="/v1/completions continues any text") as refused:
+                client.post(path, body=body, cast_to=dict)
+            assert refused.value.param == "messages"
+        assert client.models.retrieve(MODEL).model_extra == {"max_model_len": 512, "chat": False}
 
 
 @pytest.mark.parametrize(

@@ -87,8 +87,9 @@ class Sampler:
     def _process(self, logits_V: Tensor, sequence: SequenceState) -> None:
         """Bias, `min_tokens` and penalties, in place."""
         params = sequence.params
-        for token, bias in (params.logit_bias or {}).items():
-            logits_V[token] += bias
+        if params.logit_bias:  # all at once: there may be one for every token
+            values = torch.tensor(list(params.logit_bias.values()), dtype=logits_V.dtype, device=logits_V.device)
+            logits_V[list(params.logit_bias)] += values
         if sequence.output_length < params.min_tokens:
             logits_V[self.ends(params)] = -torch.inf
         if params.penalised:
