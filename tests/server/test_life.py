@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,6 +93,36 @@ def test_the_event_loop_does_not_wait_for_steps(own: Server) -> None:
             assert http.get("/health").status_code == 200
         assert len(steps) <= before + 1, "each answer took a step"
         stream.close()
+
+
+def test_a_long_text_is_tokenized_beside_the_others(own: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards clients with short prompts against one who sends a book."""
+    begun, go_on = threading.Event(), threading.Event()
+    encode = own.llm.tokenizer.encode
+
+    def slow(text: str, **options: Any) -> Any:
+        if len(text) > 100_000:
+            begun.set()
+            assert go_on.wait(300)
+        return encode(text[:100], **options)
+
+    monkeypatch.setattr(type(own.llm.tokenizer), "encode", lambda _, text, **options: slow(text, **options))
+    with own.client() as client, ThreadPoolExecutor(2) as threads:
+        bodies: list[dict[str, Any]] = [
+            {"prompt": "a" * 200_000},
+            {"messages": [{"role": "user", "content": "a" * 200_000}]},
+        ]
+        try:
+            waiting = [
+                threads.submit(client.completions.create, model=MODEL, max_tokens=1, **bodies[0]),
+                threads.submit(client.chat.completions.create, model=MODEL, max_tokens=1, **bodies[1]),
+            ]
+            assert begun.wait(300)
+            assert client.completions.create(**LONG | {"max_tokens": 3}).choices[0].text
+            assert not any(one.done() for one in waiting)
+        finally:
+            go_on.set()
+        assert all(one.result().choices for one in waiting)
 
 
 def test_a_step_that_raises_fails_only_its_requests(own: Server) -> None:

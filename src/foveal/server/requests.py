@@ -275,6 +275,13 @@ class Message(Body):
             raise ValueError(f"tool_call_id and the role {self.role} do not go together")
         return self
 
+    @property
+    def size(self) -> int:
+        """Characters of its content."""
+        return (
+            len(self.content) if isinstance(self.content, str) else sum(len(part.text) for part in self.content or ())
+        )
+
     def for_template(self, *, arguments_as_text: bool) -> dict[str, Any]:
         """As chat templates know messages; some want the arguments of calls as text, most as an object."""
         parts = self.content if isinstance(self.content, list) else []
