@@ -84,15 +84,24 @@ def slow_steps(server: Server, seconds: float) -> list[float]:
 
 def test_the_event_loop_does_not_wait_for_steps(own: Server) -> None:
     """Guards health checks and other clients against long steps."""
-    steps = slow_steps(own, 3.0)
-    with own.client() as client, httpx.Client(base_url=own.url) as http:
-        stream = client.completions.create(**LONG | {"max_tokens": 3}, stream=True)
-        wait_until(lambda: bool(steps))
-        before = len(steps)
-        for _ in range(4):
-            assert http.get("/health").status_code == 200
-        assert len(steps) <= before + 1, "each answer took a step"
-        stream.close()
+    begun, go_on = threading.Event(), threading.Event()
+    step = own.llm.engine.step
+
+    def long() -> Any:
+        begun.set()
+        assert go_on.wait(300)
+        return step()
+
+    own.llm.engine.step = long  # type: ignore[method-assign]
+    with own.client() as client, ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(client.completions.create, **LONG | {"max_tokens": 3})
+        try:
+            assert begun.wait(300)
+            assert httpx.get(f"{own.url}/health", timeout=300).status_code == 200
+            assert not answer.done()
+        finally:
+            go_on.set()
+        assert answer.result().choices[0].text
 
 
 def test_a_long_text_is_tokenized_beside_the_others(own: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +288,9 @@ def test_the_second_sigterm_stops(tiny_folder: str) -> None:
             connection.sendall(head("/v1/completions", body) + body)
             assert b"200" in connection.recv(100)
             server.send_signal(signal.SIGTERM)
-            time.sleep(1)
+            assert server.stderr is not None
+            assert any('"draining"' in line for line in server.stderr)
+            time.sleep(0.5)
             assert server.poll() is None, "it does not drain"
             server.send_signal(signal.SIGTERM)
             assert server.wait(300) == 1

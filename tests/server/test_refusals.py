@@ -31,7 +31,8 @@ def locked(tiny_folder: str) -> Any:
 def post(server: Server, path: str, body: Any, **headers: str) -> httpx.Response:
     """A JSON body, or bytes as they are."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return httpx.post(f"{server.url}{path}", content=content, headers={"content-type": "application/json"} | headers)
+    headers = {"content-type": "application/json"} | headers
+    return httpx.post(f"{server.url}{path}", content=content, headers=headers, timeout=300)
 
 
 def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
