@@ -256,7 +256,7 @@ def process(folder: str, *options: str) -> Iterator[tuple[subprocess.Popen[str],
         line = server.stderr.readline()
         found = json.loads(line) if line.startswith("{") else pytest.fail(line + server.stderr.read())
         try:
-            yield server, f"http://127.0.0.1:{found['port']}"
+            yield server, found["url"].rstrip("/")
         finally:
             server.kill()
 

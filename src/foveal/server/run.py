@@ -42,8 +42,9 @@ class _Server(uvicorn.Server):
         """From now on clients can connect."""
         await super().startup(sockets)
         host, port = (sockets or [])[0].getsockname()[:2]
-        model = self._service.settings.model_name
-        _logger.info("listening", extra={"fields": {"host": host, "port": port, "model": model}})
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+        fields = {"host": host, "port": port, "url": url, "model": self._service.settings.model_name}
+        _logger.info("listening", extra={"fields": fields})
 
     def handle_exit(self, sig: int, frame: object) -> None:
         """A signal has come."""
