@@ -54,6 +54,7 @@ class FakeModel:
     scripted: dict[int, int] = field(default_factory=dict)
     fail_on: int | None = None
     """Raises when this token is in a batch."""
+    failure: type[BaseException] = RuntimeError
     broken: dict[int, float] = field(default_factory=dict)
     """After these tokens every logit is this."""
     window: int = sys.maxsize
@@ -67,7 +68,7 @@ class FakeModel:
         self.watched |= watch is not None
         ids = batch.ids_T.tolist()
         if self.fail_on in ids:
-            raise RuntimeError("the model broke")
+            raise self.failure("the model broke")
         rows = []
         for sequence, (first, last) in enumerate(pairwise(batch.q_offsets)):
             rows += self._sequence(batch, cache, sequence, ids[first:last])

@@ -222,12 +222,17 @@ def test_abort_frees_pages_at_once() -> None:
     world.check_idle()
 
 
-def test_a_failing_step_fails_only_its_requests() -> None:
+class Panic(BaseException):
+    """What packages written in Rust raise for their own bugs."""
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, Panic])
+def test_a_failing_step_fails_only_its_requests(failure: type[BaseException]) -> None:
     """Guards against a model error that kills the engine or leaks pages."""
-    world = make_world(model=FakeModel(fail_on=258), max_num_seqs=1)
+    world = make_world(model=FakeModel(fail_on=258, failure=failure), max_num_seqs=1)
     bad = Request("bad", [1, 2, 258], request("x", 1, n=2).params)
     final = world.run(bad, request("good", 20))
-    assert final["bad"].error == "RuntimeError: the model broke"
+    assert final["bad"].error == f"{failure.__name__}: the model broke"
     assert [one.finish_reason for one in final["bad"].outputs] == ["error", "error"]
     assert final["good"].error is None and final["good"].outputs[0].token_ids == expected(request("good", 20))
 

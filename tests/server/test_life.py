@@ -157,11 +157,30 @@ def test_a_step_that_raises_fails_only_its_requests(own: Server) -> None:
     assert httpx.get(f"{own.url}/health").status_code == 200
 
 
-def test_a_broken_engine_is_not_hidden(own: Server) -> None:
+class Panic(BaseException):
+    """What packages written in Rust raise for their own bugs."""
+
+
+def test_a_panic_is_an_answer(own: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a request that ends without OpenAI's shape where a tokenizer breaks."""
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise Panic("secret detail")
+
+    with monkeypatch.context() as patch, own.client() as client:
+        patch.setattr(type(own.llm.tokenizer), "encode", broken)
+        with pytest.raises(openai.InternalServerError) as failed:
+            client.completions.create(**LONG)
+    assert failed.value.code == "internal_error" and "secret" not in failed.value.response.text
+    assert own.client().completions.create(**LONG | {"max_tokens": 2}).choices[0].text
+
+
+@pytest.mark.parametrize("failure", [AssertionError, Panic])
+def test_a_broken_engine_is_not_hidden(own: Server, failure: type[BaseException]) -> None:
     """Guards against clients that wait for ever once the engine's own accounts are wrong."""
 
     def broken() -> Any:
-        raise AssertionError("a page is lost")
+        raise failure("a page is lost")
 
     with own.client() as client:
         slow_steps(own, 0.05)

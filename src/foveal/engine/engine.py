@@ -157,7 +157,9 @@ class Engine:
         if plan:
             try:
                 answered += _requests(self._execute(plan))
-            except Exception as error:
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # a panic in a package written in Rust is no Exception
                 _logger.exception("a step failed")
                 failed = _requests([chunk.sequence for chunk in plan])
                 self._fail(failed, f"{type(error).__name__}: {error}")

@@ -176,7 +176,16 @@ class _Lane:
 
     async def run(self, call: Callable[[Any], _Result]) -> _Result:
         """What `call` gives for the tokenizer, after the calls before it."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: call(self._tokenizer()))
+
+        def checked() -> _Result:
+            try:
+                return call(self._tokenizer())
+            except Exception:
+                raise
+            except BaseException as panic:  # of a package written in Rust, which is no Exception
+                raise RuntimeError(f"{type(panic).__name__} in the tokenizer's thread") from panic
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, checked)
 
     def copied(self) -> Any:
         """A copy of the tokenizer, made when this lane does not use it."""

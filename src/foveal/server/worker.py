@@ -218,7 +218,7 @@ class Worker:
             while self._obey():
                 if self._engine.has_work:
                     self._step()
-        except Exception:
+        except BaseException:
             # A step that fails is the engine's to handle. Here its own accounts are wrong: no result can be trusted.
             _logger.exception("the engine failed")
             self._in_loop(self._die)
