@@ -50,7 +50,8 @@ def clients(count: int) -> list[Client]:
             prompt = prompt * 60
         elif place % 100 == 13:
             prompt = [1, _POISON, 300]
-        leaves = draw.random() < 0.3
+        plain = isinstance(prompt, str) and len(prompt) < 1000
+        leaves = draw.random() < 0.3 and plain  # the others wait for their refusal, or for a step to fail
         made.append(
             Client(
                 prompt=prompt,
