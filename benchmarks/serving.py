@@ -1,11 +1,12 @@
 """Throughput, time to first token and time per token of servers of one model, at several numbers of clients.
 
 The load comes from guidellm, in a Python of its own; every server gets the same prompts of random words, no two alike,
-and writes up to as many tokens, after one request that is not counted. Beside `foveal serve`: `transformers serve` and
-llama.cpp's server (that of llama-cpp-python, which answers one request after another), each if its program is named.
+at /v1/completions, and writes up to as many tokens, after one request that is not counted. Beside `foveal serve`, in
+bfloat16: `transformers serve`, in bfloat16 too, and llama.cpp's server (that of llama-cpp-python, which answers one
+request after another) with the GGUF file's own format, each if its program is named.
 
     python -m venv load && load/bin/pip install guidellm
-    python -m venv peer && peer/bin/pip install 'transformers[serving]' accelerate torch
+    python -m venv peer && peer/bin/pip install torch && peer/bin/pip install 'transformers[serving]' accelerate
     python -m venv llama && llama/bin/pip install 'llama-cpp-python[server]'
     python benchmarks/serving.py --guidellm load/bin/guidellm --transformers peer/bin/transformers \\
         --llama-python llama/bin/python
@@ -64,14 +65,12 @@ class Side:
     server: AbstractContextManager[str]
     """Gives its address."""
     model: str
-    route: str = "chat/completions"
 
     def greet(self, url: str) -> None:
         """One short request: some load their model with the first."""
-        body: dict[str, Any] = {"model": self.model, "max_tokens": 2}
-        body |= {"messages": [{"role": "user", "content": "Hi"}]} if "chat" in self.route else {"prompt": "Hi"}
-        data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
-        with _DIRECT.open(urllib.request.Request(f"{url}/v1/{self.route}", data, headers), timeout=_START_SECONDS):
+        data = json.dumps({"model": self.model, "prompt": "Hi", "max_tokens": 2}).encode()
+        headers = {"Content-Type": "application/json"}
+        with _DIRECT.open(urllib.request.Request(f"{url}/v1/completions", data, headers), timeout=_START_SECONDS):
             pass
 
 
@@ -86,7 +85,7 @@ def measure(guidellm: str, url: str, side: Side, tokenizer: Path, load: Load, cl
         )
         command = [guidellm, "run", "--disable-console"]
         # What every one of the servers understands: not all know ignore_eos, or a route for their health.
-        backend = f"kind=openai_http,target={url},model={side.model},request_format=/v1/{side.route}"
+        backend = f"kind=openai_http,target={url},model={side.model},request_format=/v1/completions"
         command += ["--backend", f"{backend},validate_backend=false,extras.body.max_tokens={load.output_tokens}"]
         command += ["--profile", f"kind=concurrent,streams={clients}"]
         command += ["--constraint", f"kind=max_requests,count={count}"]
@@ -181,13 +180,14 @@ def main() -> None:
         sides = {"foveal": Side(served(str(path), flags), "model")}
         if arguments.transformers:
             folder = as_transformers(path, Path(temporary) / "model")
-            command = [arguments.transformers, "serve", folder, "--port", str(port), "--continuous-batching"]
+            command = [arguments.transformers, "serve", folder, "--port", str(port)]
+            if "index_topk" not in json.loads(Path(folder, "config.json").read_text()):  # it has no batches of these
+                command.append("--continuous-batching")
             sides["transformers"] = Side(peer(command, port), folder)
         if arguments.llama_python:
             command = [arguments.llama_python, "-m", "llama_cpp.server", "--model", str(path), "--port", str(port)]
             command += ["--model_alias", "model", "--n_ctx", "2048"]
-            # Its chat fails where a message's content is a list of parts, as guidellm sends it.
-            sides["llama.cpp"] = Side(peer(command, port), "model", "completions")
+            sides["llama.cpp"] = Side(peer(command, port), "model")
         for name, side in sides.items():
             with side.server as url:
                 side.greet(url)

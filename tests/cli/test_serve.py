@@ -36,6 +36,13 @@ def test_bad_values_are_one_line(run: Any, tiny_model: str, options: tuple[str, 
     assert ended.err.count("\n") == 1 and named in ended.err
 
 
+def test_a_key_that_is_set_but_empty(run: Any, tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a server that is open to all because the secret did not arrive in its environment."""
+    monkeypatch.setenv("FOVEAL_API_KEY", "")
+    ended = run("serve", "no-such-model", "--port", "0")
+    assert ended.code == 2 and "FOVEAL_API_KEY" in ended.err
+
+
 def test_a_taken_port_is_said_before_the_model_is_loaded(run: Any) -> None:
     """Guards against minutes of loading for nothing: here there is not even a model."""
     with socket.create_server(("127.0.0.1", 0)) as other:

@@ -54,8 +54,9 @@ class FakeModel:
     scripted: dict[int, int] = field(default_factory=dict)
     fail_on: int | None = None
     """Raises when this token is in a batch."""
-    nan_on: int | None = None
-    """NaN logits after this token."""
+    failure: type[BaseException] = RuntimeError
+    broken: dict[int, float] = field(default_factory=dict)
+    """After these tokens every logit is this."""
     window: int = sys.maxsize
     """Tokens that a query sees, itself included."""
     batches: list[Batch] = field(default_factory=list)
@@ -67,7 +68,7 @@ class FakeModel:
         self.watched |= watch is not None
         ids = batch.ids_T.tolist()
         if self.fail_on in ids:
-            raise RuntimeError("the model broke")
+            raise self.failure("the model broke")
         rows = []
         for sequence, (first, last) in enumerate(pairwise(batch.q_offsets)):
             rows += self._sequence(batch, cache, sequence, ids[first:last])
@@ -102,8 +103,8 @@ class FakeModel:
     def logits(self, context: list[int]) -> Tensor:
         if len(context) in self.scripted:
             return 10.0 * torch.nn.functional.one_hot(torch.tensor(self.scripted[len(context)]), VOCABULARY).float()
-        if context[-1] == self.nan_on:
-            return torch.full((VOCABULARY,), torch.nan)
+        if context[-1] in self.broken:
+            return torch.full((VOCABULARY,), self.broken[context[-1]])
         generator = torch.Generator().manual_seed(context_state(context)[0])
         logits_V = torch.randn(VOCABULARY, generator=generator)
         logits_V[EOS] = -100.0

@@ -222,12 +222,17 @@ def test_abort_frees_pages_at_once() -> None:
     world.check_idle()
 
 
-def test_a_failing_step_fails_only_its_requests() -> None:
+class Panic(BaseException):
+    """What packages written in Rust raise for their own bugs."""
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, Panic])
+def test_a_failing_step_fails_only_its_requests(failure: type[BaseException]) -> None:
     """Guards against a model error that kills the engine or leaks pages."""
-    world = make_world(model=FakeModel(fail_on=258), max_num_seqs=1)
+    world = make_world(model=FakeModel(fail_on=258, failure=failure), max_num_seqs=1)
     bad = Request("bad", [1, 2, 258], request("x", 1, n=2).params)
     final = world.run(bad, request("good", 20))
-    assert final["bad"].error == "RuntimeError: the model broke"
+    assert final["bad"].error == f"{failure.__name__}: the model broke"
     assert [one.finish_reason for one in final["bad"].outputs] == ["error", "error"]
     assert final["good"].error is None and final["good"].outputs[0].token_ids == expected(request("good", 20))
 
@@ -249,9 +254,10 @@ def test_a_copy_that_fails_is_made_up_for() -> None:
     assert world.run(request("b", 200))["b"].outputs[0].token_ids == expected.outputs[0].token_ids
 
 
-def test_nan_logits_fail_their_request_alone() -> None:
+@pytest.mark.parametrize("logit", [float("nan"), float("inf"), float("-inf")])
+def test_broken_logits_fail_their_request_alone(logit: float) -> None:
     """Guards against tokens drawn from NaN, and against one bad sequence taking its batch with it."""
-    world = make_world(model=FakeModel(nan_on=258))
+    world = make_world(model=FakeModel(broken={258: logit}))
     final = world.run(Request("bad", [5, 258], request("x", 1, n=3).params), request("good", 20))
     assert "NaN" in (final["bad"].error or "") and final["bad"].outputs[2].finish_reason == "error"
     assert final["good"].outputs[0].token_ids == expected(request("good", 20))
@@ -384,6 +390,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         request("a", 3, stop_token_ids=[1, 999]),
         request("a", 3, logprobs=VOCABULARY + 1),
         request("a", 3, stop="x"),
+        request("a", 3, min_tokens=1, stop_token_ids=list(range(VOCABULARY))),
     ]
     for one in bad:
         with pytest.raises(ValueError):

@@ -68,6 +68,7 @@ CASES: list[dict[str, Any]] = [
     {"top_k": 3},
     {"top_k": -1},
     {"top_k": 50},
+    {"top_k": 10**30},
     {"top_p": 0.7},
     {"top_p": 1e-6},
     {"min_p": 0.2},

@@ -27,6 +27,16 @@ class Server:
     url: str
     service: Service
     llm: LLM
+    http: uvicorn.Server
+
+    def drain(self) -> None:
+        """As the first signal does."""
+        self.http.should_exit = True
+
+    @property
+    def answering(self) -> int:
+        """How many HTTP requests have begun and are not answered."""
+        return len(self.http.server_state.tasks)
 
     def client(self, **settings: Any) -> openai.OpenAI:
         """OpenAI's own client."""
@@ -89,7 +99,7 @@ def serving(llm: LLM, **settings: Any) -> Iterator[Server]:
     thread.start()
     wait_until(lambda: server.started)
     try:
-        yield Server(f"http://127.0.0.1:{socket.getsockname()[1]}", service, llm)
+        yield Server(f"http://127.0.0.1:{socket.getsockname()[1]}", service, llm, server)
     finally:
         server.should_exit = True
         thread.join(_PATIENCE)

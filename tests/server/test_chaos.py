@@ -50,14 +50,16 @@ def clients(count: int) -> list[Client]:
             prompt = prompt * 60
         elif place % 100 == 13:
             prompt = [1, _POISON, 300]
+        plain = isinstance(prompt, str) and len(prompt) < 1000
+        leaves = draw.random() < 0.3 and plain  # the others wait for their refusal, or for a step to fail
         made.append(
             Client(
                 prompt=prompt,
-                max_tokens=draw.randrange(1, 120),
+                max_tokens=400 if leaves else draw.randrange(1, 120),  # nobody is to have it all before they leave
                 seed=draw.randrange(1000),
                 temperature=draw.choice([0.0, 0.8]),
                 stream=draw.random() < 0.5,
-                leaves_after=draw.uniform(0.0, 2.0) if draw.random() < 0.3 else None,
+                leaves_after=draw.uniform(0.0, 0.5) if leaves else None,
             )
         )
     return made

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -17,7 +18,7 @@ from .serving import MODEL, Server, serving
 TEMPLATE = (
     "{% if tools %}{{ tools | tojson }}<tool_call></tool_call>\n{% endif %}"
     "{% for m in messages %}{{ m.role }}:{{ m.content.split('</think>')[-1] }}"
-    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function.arguments | tojson }}</tool_call>{% endfor %}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
     "{% if m.tool_call_id %}[{{ m.tool_call_id }}]{% endif %}\n{% endfor %}"
     "assistant:{% if enable_thinking %}<think>\n{% endif %}"
 )
@@ -118,7 +119,8 @@ def test_a_conversation_with_calls(chat: Any, thinker: Server) -> None:
         tokens = client.post("/../tokenize", body=body, cast_to=dict)["tokens"]
         text = client.post("/../detokenize", body={"tokens": tokens}, cast_to=dict)["prompt"]
     arguments = json.loads(call.tool_calls[0].function.arguments)
-    assert json.loads(re.findall("<tool_call>(.*)</tool_call>", text)[0]) == arguments
+    written = json.loads(re.findall("<tool_call>(.*)</tool_call>", text)[0])
+    assert written == {"name": call.tool_calls[0].function.name, "arguments": arguments}
     assert f"tool:42[{call.tool_calls[0].id}]" in text
 
 
@@ -150,6 +152,17 @@ def test_reasoning_is_apart(chat: Any) -> None:
     assert chat(extra_body=thinking, max_tokens=9).choices[0].message.content == ""
 
 
+def test_a_model_without_a_template(tmp_path: Path) -> None:
+    """Guards against another library's words about a template that clients cannot give, and a list that hides it."""
+    with serving(LLM(write_tiny_model(tmp_path, template=""), max_num_seqs=1)) as server, server.client() as client:
+        for path in ("/chat/completions", "/../tokenize"):
+            body: dict[str, Any] = {"model": MODEL, "messages": USER}
+            with pytest.raises(openai.BadRequestError, match="/v1/completions continues any text") as refused:
+                client.post(path, body=body, cast_to=dict)
+            assert refused.value.param == "messages"
+        assert client.models.retrieve(MODEL).model_extra == {"max_model_len": 512, "chat": False}
+
+
 @pytest.mark.parametrize(
     ("change", "param"),
     [
@@ -166,9 +179,10 @@ def test_reasoning_is_apart(chat: Any) -> None:
         ({"structured_outputs": {"regex": "a", "grammar": "b"}}, "structured_outputs.regex"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
-        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
         ({"tools": [{"type": "retrieval"}]}, "tools[0].type"),
         ({"functions": []}, "functions"),
+        ({"messages": [USER[0] | {"name": "Ann"}]}, "messages[0].name"),
         ({"chat_template_kwargs": {"mood": "good"}}, "chat_template_kwargs"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
         ({"messages": [{"role": "assistant"}]}, "messages[0].content"),

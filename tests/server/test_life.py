@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +18,7 @@ import openai
 import pytest
 
 from foveal import LLM, SamplingParams
+from foveal.server.run import configuration
 
 from .serving import MODEL, Server, serving, wait_until
 
@@ -82,15 +84,54 @@ def slow_steps(server: Server, seconds: float) -> list[float]:
 
 def test_the_event_loop_does_not_wait_for_steps(own: Server) -> None:
     """Guards health checks and other clients against long steps."""
-    steps = slow_steps(own, 3.0)
-    with own.client() as client, httpx.Client(base_url=own.url) as http:
-        stream = client.completions.create(**LONG | {"max_tokens": 3}, stream=True)
-        wait_until(lambda: bool(steps))
-        before = len(steps)
-        for _ in range(4):
-            assert http.get("/health").status_code == 200
-        assert len(steps) <= before + 1, "each answer took a step"
-        stream.close()
+    begun, go_on = threading.Event(), threading.Event()
+    step = own.llm.engine.step
+
+    def long() -> Any:
+        begun.set()
+        assert go_on.wait(300)
+        return step()
+
+    own.llm.engine.step = long  # type: ignore[method-assign]
+    with own.client() as client, ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(client.completions.create, **LONG | {"max_tokens": 3})
+        try:
+            assert begun.wait(300)
+            assert httpx.get(f"{own.url}/health", timeout=300).status_code == 200
+            assert not answer.done()
+        finally:
+            go_on.set()
+        assert answer.result().choices[0].text
+
+
+def test_a_long_text_is_tokenized_beside_the_others(own: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards clients with short prompts against one who sends a book."""
+    begun, go_on = threading.Event(), threading.Event()
+    encode = own.llm.tokenizer.encode
+
+    def slow(text: str, **options: Any) -> Any:
+        if len(text) > 100_000:
+            begun.set()
+            assert go_on.wait(300)
+        return encode(text[:100], **options)
+
+    monkeypatch.setattr(type(own.llm.tokenizer), "encode", lambda _, text, **options: slow(text, **options))
+    with own.client() as client, ThreadPoolExecutor(2) as threads:
+        bodies: list[dict[str, Any]] = [
+            {"prompt": "a" * 200_000},
+            {"messages": [{"role": "user", "content": "a" * 200_000}]},
+        ]
+        try:
+            waiting = [
+                threads.submit(client.completions.create, model=MODEL, max_tokens=1, **bodies[0]),
+                threads.submit(client.chat.completions.create, model=MODEL, max_tokens=1, **bodies[1]),
+            ]
+            assert begun.wait(300)
+            assert client.completions.create(**LONG | {"max_tokens": 3}).choices[0].text
+            assert not any(one.done() for one in waiting)
+        finally:
+            go_on.set()
+        assert all(one.result().choices for one in waiting)
 
 
 def test_a_step_that_raises_fails_only_its_requests(own: Server) -> None:
@@ -116,11 +157,30 @@ def test_a_step_that_raises_fails_only_its_requests(own: Server) -> None:
     assert httpx.get(f"{own.url}/health").status_code == 200
 
 
-def test_a_broken_engine_is_not_hidden(own: Server) -> None:
+class Panic(BaseException):
+    """What packages written in Rust raise for their own bugs."""
+
+
+def test_a_panic_is_an_answer(own: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a request that ends without OpenAI's shape where a tokenizer breaks."""
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise Panic("secret detail")
+
+    with monkeypatch.context() as patch, own.client() as client:
+        patch.setattr(type(own.llm.tokenizer), "encode", broken)
+        with pytest.raises(openai.InternalServerError) as failed:
+            client.completions.create(**LONG)
+    assert failed.value.code == "internal_error" and "secret" not in failed.value.response.text
+    assert own.client().completions.create(**LONG | {"max_tokens": 2}).choices[0].text
+
+
+@pytest.mark.parametrize("failure", [AssertionError, Panic])
+def test_a_broken_engine_is_not_hidden(own: Server, failure: type[BaseException]) -> None:
     """Guards against clients that wait for ever once the engine's own accounts are wrong."""
 
     def broken() -> Any:
-        raise AssertionError("a page is lost")
+        raise failure("a page is lost")
 
     with own.client() as client:
         slow_steps(own, 0.05)
@@ -186,6 +246,23 @@ def test_metrics(own: Server) -> None:
         assert line in text.splitlines()
 
 
+def test_a_body_that_does_not_come(tiny_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a drain that one half-sent request holds up for ever."""
+    monkeypatch.setattr("foveal.server.app._BODY_SECONDS", 1.0)
+    with serving(LLM(tiny_folder, max_num_seqs=8)) as server, connect(server.url) as connection:
+        connection.sendall(head("/v1/completions", b"x" * 100) + b"{")
+        wait_until(lambda: server.answering == 1)
+        server.drain()  # the block ends where the server has
+        answer = b"".join(iter(lambda: connection.recv(1000), b""))
+    assert b" 408 " in answer and b"in 1 seconds" in answer
+
+
+def test_idle_connections_outlive_their_clients(own: Server) -> None:
+    """Guards against a connection that is closed just as a client takes it up again."""
+    expiry = openai.DEFAULT_CONNECTION_LIMITS.keepalive_expiry
+    assert expiry is not None and configuration(own.service).timeout_keep_alive > expiry
+
+
 @contextmanager
 def process(folder: str, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`foveal serve` in a process of its own, and its address."""
@@ -198,7 +275,7 @@ def process(folder: str, *options: str) -> Iterator[tuple[subprocess.Popen[str],
         line = server.stderr.readline()
         found = json.loads(line) if line.startswith("{") else pytest.fail(line + server.stderr.read())
         try:
-            yield server, f"http://127.0.0.1:{found['port']}"
+            yield server, found["url"].rstrip("/")
         finally:
             server.kill()
 
@@ -230,7 +307,9 @@ def test_the_second_sigterm_stops(tiny_folder: str) -> None:
             connection.sendall(head("/v1/completions", body) + body)
             assert b"200" in connection.recv(100)
             server.send_signal(signal.SIGTERM)
-            time.sleep(1)
+            assert server.stderr is not None
+            assert any('"draining"' in line for line in server.stderr)
+            time.sleep(0.5)
             assert server.poll() is None, "it does not drain"
             server.send_signal(signal.SIGTERM)
             assert server.wait(300) == 1

@@ -212,7 +212,8 @@ def test_chat_logprobs(client: openai.OpenAI) -> None:
 def test_models(client: openai.OpenAI) -> None:
     """Guards the list and a single one."""
     assert [model.id for model in client.models.list()] == [MODEL]
-    assert client.models.retrieve(MODEL).owned_by == "foveal"
+    model = client.models.retrieve(MODEL)
+    assert model.owned_by == "foveal" and model.model_extra == {"max_model_len": 512, "chat": True}
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other/model")
 

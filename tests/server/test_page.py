@@ -1,11 +1,14 @@
 """The page in a real browser: Chromium, by playwright."""
 
+import itertools
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from fastapi import FastAPI
@@ -16,7 +19,7 @@ from words import byte_level, save_words
 from foveal import LLM
 from foveal.server import web
 
-from .serving import serving
+from .serving import Server, serving
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -62,10 +65,40 @@ def browser() -> "Iterator[Browser]":
         browser.close()
 
 
+def open_page(browser: "Browser", **options: Any) -> "Page":
+    """A page whose waits end with what they wait for, however busy the machine is."""
+    page = browser.new_page(**options)
+    page.set_default_timeout(300_000)
+    return page
+
+
 @pytest.fixture(scope="module")
-def address(folder: Path) -> Iterator[str]:
+def server(folder: Path) -> Iterator[Server]:
     with serving(LLM(folder, dtype="float32"), api_keys=(KEY,)) as server:
-        yield server.url
+        yield server
+
+
+@pytest.fixture(scope="module")
+def address(server: Server) -> str:
+    return server.url
+
+
+@contextmanager
+def paused(server: Server, after: int) -> Iterator[None]:
+    """After so many steps the engine waits for the block to end."""
+    step, count, go_on = server.llm.engine.step, itertools.count(), threading.Event()
+
+    def waiting() -> Any:
+        if next(count) >= after:
+            assert go_on.wait(300)
+        return step()
+
+    server.llm.engine.step = waiting  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        server.llm.engine.step = step  # type: ignore[method-assign]
+        go_on.set()
 
 
 @pytest.fixture(params=["wide light", "wide dark", "narrow light", "narrow dark"])
@@ -73,7 +106,7 @@ def page(request: pytest.FixtureRequest, browser: "Browser", address: str) -> "I
     size, scheme = request.param.split()
     wide = size == "wide"
     shape = {"width": 1280 if wide else 390, "height": 800 if wide else 844}
-    page = browser.new_page(viewport=shape, color_scheme=scheme, has_touch=not wide)  # type: ignore[arg-type]
+    page = open_page(browser, viewport=shape, color_scheme=scheme, has_touch=not wide)
     wrong: list[str] = []
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("request", lambda sent: None if sent.url.startswith((address, "data:")) else wrong.append(sent.url))
@@ -94,13 +127,13 @@ def ask(page: "Page", question: str = QUESTION, *, length: int = 60) -> None:
 
 
 @pytest.mark.slow
-def test_chat_and_look(page: "Page", folder: Path) -> None:
+def test_chat_and_look(page: "Page", server: Server) -> None:
     """Guards against a page that breaks in either colour scheme or on a phone: the key, a stream, the look."""
-    ask(page)
-    page.wait_for_selector(".message.assistant .t >> nth=5", state="attached")
-    seen = page.locator(".message.assistant .t").count()
+    with paused(server, after=20):
+        ask(page)
+        page.wait_for_selector(".message.assistant .t >> nth=5", state="attached")
+        assert page.locator(".foot").count() == 0, "the answer came at once"
     page.wait_for_selector(".foot:has-text('60 tokens')")
-    assert seen < 60, "the answer came at once"
     assert page.locator(".message.user .text").inner_text() == QUESTION
     assert page.locator(".wrong").count() == 0
 
@@ -171,7 +204,7 @@ def place(page: "Page") -> int:
 def test_errors_and_stopping(browser: "Browser", address: str) -> None:
     """Guards against an error that nobody sees, a question that cannot be asked again, and a stream that cannot be
     stopped."""
-    page = browser.new_page()
+    page = open_page(browser)
     page.goto(address)
     ask(page, length=5000)
     page.wait_for_selector(".wrong:has-text('max_tokens')")
@@ -200,10 +233,36 @@ def test_models_without_an_indexer(browser: "Browser", tmp_path: Path) -> None:
         tokens = save_words(byte_level("gpt-2"), tmp_path / name, TEMPLATE)
         make_oracle(name, tmp_path / name, vocab_size=tokens, num_hidden_layers=2, eos_token_id=None)
         with serving(LLM(tmp_path / name, dtype="float32"), api_keys=(KEY,)) as server:
-            page = browser.new_page()
+            page = open_page(browser)
             page.goto(server.url)
             ask(page, length=30)
             page.locator(".foot button").click()
             assert words in page.locator("#verdict").inner_text()
             assert sum(shades(page)) == (24 if name == "mistral" else 0)
             page.close()
+
+
+@pytest.mark.slow
+def test_a_model_without_a_chat_template(browser: "Browser", tmp_path: Path) -> None:
+    """Guards against a page that can do nothing with a base model: it continues a text, as it was typed."""
+    tokens = save_words(byte_level("gpt-2"), tmp_path)
+    make_oracle("deepseek_v32", tmp_path, vocab_size=tokens, max_position_embeddings=1024, eos_token_id=None)
+    with serving(LLM(tmp_path, dtype="float32")) as server:
+        page = open_page(browser)
+        page.goto(server.url)
+        page.wait_for_selector("#empty:has-text('Write a beginning.')")
+        page.click("#settings-button")
+        assert not page.locator("#system").is_visible()
+        page.fill("#max-tokens", "20")
+        page.click("#settings-button")
+        for text in ("The naïve cat ", "And now"):
+            count = page.locator(".foot").count()
+            page.fill("#prompt", text)
+            page.keyboard.press("Enter")
+            page.wait_for_selector(f".foot >> nth={count}")
+        assert page.locator(".wrong").count() == 0
+        page.locator(".foot button >> nth=1").click()
+        sequence = "".join(page.locator("#context .t").all_text_contents())
+        page.close()
+    assert sequence.startswith("<bos>The naïve cat " if "<bos>" in sequence else "The naïve cat ")
+    assert "↵\n↵\nAnd now" in sequence

@@ -1,5 +1,6 @@
 """`foveal serve`: an OpenAI-compatible server."""
 
+import os
 import re
 from typing import Annotated
 
@@ -7,6 +8,7 @@ import typer
 
 from foveal.cli import options
 
+_KEY_VARIABLE = "FOVEAL_API_KEY"
 _SERVER = "Server"
 _LIMITS = "Limits"
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -29,7 +31,7 @@ def serve(
     api_key: Annotated[
         list[str] | None,
         typer.Option(
-            envvar="FOVEAL_API_KEY",
+            envvar=_KEY_VARIABLE,
             show_envvar=True,
             help="Clients need this key; may be given several times. In the environment: separated by spaces.",
             rich_help_panel=_SERVER,
@@ -60,8 +62,9 @@ def serve(
     quantization: options.Quantization = None,
 ) -> None:
     """Serve MODEL over HTTP with OpenAI's API. SIGTERM or Ctrl-C finishes what runs and ends; a second one stops."""
-    if any(not key.strip() for key in api_key or []):
-        raise typer.BadParameter("a key must not be empty", param_hint="--api-key")
+    unset = not api_key and _KEY_VARIABLE in os.environ  # a secret that did not arrive must not open the server
+    if unset or any(not key.strip() for key in api_key or []):
+        raise typer.BadParameter("a key must not be empty", param_hint=f"--api-key or {_KEY_VARIABLE}")
     if served_model_name == "":
         raise typer.BadParameter("a name must not be empty", param_hint="--served-model-name")
     try:

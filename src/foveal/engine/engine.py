@@ -100,7 +100,7 @@ class Engine:
         if request.id in self._requests:
             raise ValueError(f"request_id {request.id!r} is taken by a request that is not finished")
         if not request.prompt_ids:
-            raise ValueError("the prompt has no tokens")
+            raise ValueError("prompt has no tokens")
         asked = {
             "prompt_token_ids": request.prompt_ids,
             "logit_bias": params.logit_bias or (),
@@ -116,6 +116,8 @@ class Engine:
         for name, asked_for in [("stop", params.stop), ("guidance", params.guidance)]:
             if asked_for and self._tokenizer is None:
                 raise ValueError(f"{name} = {asked_for!r} needs a tokenizer")
+        if params.min_tokens and len(self._sampler.ends(params)) >= self._vocab_size:
+            raise ValueError("stop_token_ids leaves no token that min_tokens would allow")
         if params.guidance:
             self._grammars.guide(params.guidance)
 
@@ -155,7 +157,9 @@ class Engine:
         if plan:
             try:
                 answered += _requests(self._execute(plan))
-            except Exception as error:
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # a panic in a package written in Rust is no Exception
                 _logger.exception("a step failed")
                 failed = _requests([chunk.sequence for chunk in plan])
                 self._fail(failed, f"{type(error).__name__}: {error}")
@@ -237,11 +241,11 @@ class Engine:
     def _allowed(self, logits_LV: Tensor, sequences: Sequence[SequenceState]) -> list[Tensor | None]:
         """For each sequence the tokens to choose from, bool [V], or None: all. Ends requests that cannot go on."""
         allowed: list[Tensor | None] = [None] * len(sequences)
-        for row, broken in enumerate(logits_LV.amax(dim=-1).isnan().tolist()):
+        for row, broken in enumerate((~logits_LV.amax(dim=-1).isfinite()).tolist()):
             sequence = sequences[row]
             try:
                 if broken:
-                    raise ValueError("the model computed NaN logits")
+                    raise ValueError("the model computed logits that are NaN or infinite")
                 if sequence.guide:
                     allowed[row] = sequence.guide.allowed()
             except ValueError as error:

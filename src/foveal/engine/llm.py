@@ -255,9 +255,14 @@ class LLM:
 def chat_prompt(tokenizer: Any, messages: Messages, **variables: Any) -> dict[str, Any]:
     """`LLM.chat_prompt` before there is an LLM; the template sees the `variables`. Raises ValueError where the
     tokenizer has no chat template."""
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **variables)
+    text = chat_text(tokenizer, messages, **variables)
     # The template has written the special tokens.
     return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+
+
+def chat_text(tokenizer: Any, messages: Messages, **variables: Any) -> str:
+    """The text of `chat_prompt`."""
+    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **variables))
 
 
 def _tokenizer(path: Path) -> Any:

@@ -8,6 +8,8 @@ from typing import Any
 from foveal.engine.guidance import Guidance
 
 _GREEDY_BELOW = 1e-5
+LEAST_PENALTY, MOST_PENALTY = 0.01, 100.0
+"""Of `repetition_penalty`: beyond them no logit keeps a meaning, and soon none is finite."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """Subtracted from a token's logit as often as it is in the output so far."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens in the prompt or the output (arXiv 1909.05858)."""
+    """Divides positive and multiplies negative logits of tokens in the prompt or the output (arXiv 1909.05858); 0.01 to
+    100."""
     logit_bias: Mapping[int, float] | None = None
     """Added to the logits of these token ids; -100 to 100."""
     stop: str | Sequence[str] | None = None
@@ -68,8 +71,7 @@ class SamplingParams:
         self._check_number("min_p", 0.0, 1.0)
         self._check_number("presence_penalty", -2.0, 2.0)
         self._check_number("frequency_penalty", -2.0, 2.0)
-        self._check_number("repetition_penalty", 0.0)
-        self._check(self.repetition_penalty > 0, "repetition_penalty", "above 0")
+        self._check_number("repetition_penalty", LEAST_PENALTY, MOST_PENALTY)
         self._check(isinstance(self.ignore_eos, bool), "ignore_eos", "True or False")
         self._check(isinstance(self.selection, bool), "selection", "True or False")
         self._check_whole("min_tokens", 0)

@@ -87,11 +87,11 @@ class Sampler:
     def _process(self, logits_V: Tensor, sequence: SequenceState) -> None:
         """Bias, `min_tokens` and penalties, in place."""
         params = sequence.params
-        for token, bias in (params.logit_bias or {}).items():
-            logits_V[token] += bias
+        if params.logit_bias:  # all at once: there may be one for every token
+            values = torch.tensor(list(params.logit_bias.values()), dtype=logits_V.dtype, device=logits_V.device)
+            logits_V[list(params.logit_bias)] += values
         if sequence.output_length < params.min_tokens:
-            ends = self._ends(params)
-            logits_V[ends] = -torch.inf
+            logits_V[self.ends(params)] = -torch.inf
         if params.penalised:
             if sequence.counts is None:
                 length = sequence.request.prompt_length
@@ -99,7 +99,8 @@ class Sampler:
             sequence.counts.update(sequence.tokens)
             penalise(logits_V, params, sequence.counts)
 
-    def _ends(self, params: SamplingParams) -> list[int]:
+    def ends(self, params: SamplingParams) -> list[int]:
+        """Tokens that end a sequence, and so cannot be chosen before `min_tokens`."""
         return sorted({*(params.stop_token_ids or ()), *(() if params.ignore_eos else self._eos_ids)})
 
 
@@ -137,7 +138,7 @@ def _filtered(logits_LV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
         logits_LV = logits_LV.masked_fill(logits_LV < per_row([one.min_p for one in params]).log(), -torch.inf)
     rows = [row for row, one in enumerate(params) if one.top_k > 0]
     if rows:
-        limits_L1 = per_row([one.top_k for one in params], rows).clamp(max=logits_LV.shape[1])
+        limits_L1 = per_row([min(one.top_k, logits_LV.shape[1]) for one in params], rows)
         logits_LV[rows] = _top(logits_LV[rows], limits_L1)
     rows = [row for row, one in enumerate(params) if one.top_p < 1.0]
     if rows:

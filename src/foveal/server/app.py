@@ -9,22 +9,13 @@ from fastapi.security import HTTPBearer
 
 import foveal
 from foveal.server import chat, completions, errors, status, web
-from foveal.server.middleware import BodyLimit, Keys, RequestLog
-from foveal.server.responses import document
+from foveal.server.describe import describe
+from foveal.server.middleware import BodyLimit, HeadAsGet, Keys, RequestLog
 from foveal.server.service import Service
 from foveal.server.stream import ClientGone, gone_response
 
-_ERRORS = document(
-    {
-        400: "A parameter is wrong or not supported; `param` names it",
-        401: "No valid API key",
-        404: "Another model",
-        413: "The body is too large",
-        429: "Too many requests wait; see Retry-After",
-        500: "The server's own mistake",
-        503: "The server is shutting down, or its engine has failed",
-    }
-)
+_BODY_SECONDS = 60.0
+"""How long a body may take to arrive."""
 _PUBLIC = ("/health", "/ready", "/version", "/metrics", "/openapi.json")
 
 
@@ -56,10 +47,12 @@ def create_app(service: Service) -> FastAPI:
     keys = service.settings.api_keys
     locked = [Depends(HTTPBearer(auto_error=False))] if keys else []  # for /openapi.json; `Keys` is what holds
     for router in (completions.router, chat.router, status.router):
-        app.include_router(router, responses=_ERRORS, dependencies=locked)
+        app.include_router(router, dependencies=locked)
     app.include_router(web.router)
-    app.include_router(status.public, responses=document({503: "Not now"}))
-    app.add_middleware(BodyLimit, most=service.max_body_bytes)
+    app.include_router(status.public)
+    describe(app)
+    app.add_middleware(HeadAsGet)
+    app.add_middleware(BodyLimit, most=service.max_body_bytes, seconds=_BODY_SECONDS)
     app.add_middleware(Keys, keys=keys, public=(*_PUBLIC, *web.PATHS))
     app.add_middleware(RequestLog, metrics=service.metrics)
     return app

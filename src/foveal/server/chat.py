@@ -38,7 +38,7 @@ from foveal.server.worker import Job
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", response_model=None, responses={200: example(ChatCompletion)})
+@router.post("/v1/chat/completions", response_model=None, responses={200: example(ChatCompletion, ChatChunk)})
 async def create_chat_completion(http: HttpRequest, body: ChatRequest, service: ServiceOf) -> Response:
     """Answer a conversation."""
     service.check_model(body.model)

@@ -21,7 +21,7 @@ from foveal.server.worker import Job
 router = APIRouter()
 
 
-@router.post("/v1/completions", response_model=None, responses={200: example(Completion)})
+@router.post("/v1/completions", response_model=None, responses={200: example(Completion, Completion)})
 async def create_completion(http: HttpRequest, body: CompletionRequest, service: ServiceOf) -> Response:
     """Continue one prompt or several."""
     service.check_model(body.model)
@@ -31,7 +31,7 @@ async def create_completion(http: HttpRequest, body: CompletionRequest, service:
         http,
         body,
         prompts,
-        max_tokens=1 if body.max_tokens == 0 else body.max_tokens,
+        max_tokens=body.limit or 1,
         logprobs=body.logprobs,
         prompt_logprobs=max(wanted, default=None),
         guidance=body.guidance(),
@@ -44,7 +44,7 @@ async def create_completion(http: HttpRequest, body: CompletionRequest, service:
 
 async def _prompt(service: Service, body: CompletionRequest, prompt: str | list[int]) -> Prompt:
     if isinstance(prompt, str):
-        return await service.encode(prompt, add_special_tokens=body.add_special_tokens)
+        return await service.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
     return Prompt(prompt, await service.decode(prompt, skip_special_tokens=True) if body.echo else None)
 
 
@@ -62,7 +62,7 @@ class _Answer:
         skipped = [self._skipped(prompt) if body.echo else 0 for prompt in prompts]
         self._offsets = [Offsets(count) for count in skipped for _ in range(body.completions)]
         self._looks = Looks(service.looks, wanted=body.looks, completions=len(self._offsets))
-        self._hidden = int(body.max_tokens == 0)
+        self._hidden = int(body.limit == 0)
 
     async def events(self) -> AsyncIterator[Completion]:
         """One for each completion that has something new, and the usage at the end."""

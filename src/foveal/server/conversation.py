@@ -2,12 +2,12 @@
 read from its text."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from foveal.engine import Guidance
-from foveal.engine.llm import chat_prompt
+from foveal.engine.llm import chat_prompt, chat_text
 from foveal.server.markup import added_markers
 from foveal.server.reasoning import ReasoningSplitter, after_reasoning, opens_reasoning, reasons
 from foveal.server.requests import ChatRequest, Message
@@ -92,11 +92,38 @@ def next_turn(tokenizer: Any, body: ChatRequest) -> Turn:
 
 
 def template_prompt(tokenizer: Any, messages: list[Message], variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The prompt's text and tokens. Raises ValueError where the model has no template, or it refuses the messages."""
+    """The prompt's text and tokens. Raises ValueError where the model has no template, or it refuses the messages, or
+    has no place for a part of them."""
+    if not tokenizer.chat_template:
+        raise ValueError("messages: the model has no chat template; /v1/completions continues any text")
     form = tool_format(tokenizer.chat_template) if isinstance(tokenizer.chat_template, str) else None
     as_text = form is not None and form.name.startswith("deepseek")
     rendered = [message.for_template(arguments_as_text=as_text) for message in messages]
+    _check_parts(tokenizer, rendered, variables)
     return chat_prompt(tokenizer, rendered, **variables)
+
+
+def _check_parts(tokenizer: Any, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> None:
+    """Names of speakers and calls that the template leaves out would vanish without a word."""
+    marks: dict[str, str] = {}
+
+    def mark(field: str) -> str:
+        marks[field] = f"foveal-{len(marks)}-"
+        return marks[field]
+
+    marked = []
+    for place, message in enumerate(messages):
+        copy = dict(message)
+        if "name" in copy and copy["role"] != "tool":  # a tool's name stands in the call that it answers
+            copy["name"] = mark(f"messages[{place}].name")
+        if calls := copy.get("tool_calls"):
+            name = mark(f"messages[{place}].tool_calls")
+            copy["tool_calls"] = [{**call, "function": {**call["function"], "name": name}} for call in calls]
+        marked.append(copy)
+    text = chat_text(tokenizer, marked, **variables) if marks else ""
+    for field, sign in marks.items():
+        if sign not in text:
+            raise ValueError(f"{field} has no place in the model's chat template")
 
 
 def _check_variables(variables: Mapping[str, Any], template: str | None) -> None:

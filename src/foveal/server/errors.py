@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,6 +17,17 @@ _ENGINE_NAMES = {
     "regex": "structured_outputs",
     "grammar": "structured_outputs",
 }
+_WORDS = {
+    "False": "false",
+    "bool": "boolean",
+    "dict": "object",
+    "float": "number",
+    "int": "integer",
+    "list": "array",
+    "model": "object",
+    "model_attributes": "object",
+}
+"""JSON's words for Python's."""
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "overloaded_error"}
 
 
@@ -50,14 +62,22 @@ def internal_error() -> ApiError:
     return ApiError(500, "the server failed while answering this request; its log says why", code="internal_error")
 
 
-def bad_value(error: Exception, known: Sequence[str], otherwise: str | None = None) -> ApiError:
+def bad_value(
+    error: Exception,
+    known: Sequence[str],
+    otherwise: str | None = None,
+    names: Mapping[str, str] = MappingProxyType({}),
+) -> ApiError:
     """The engine's refusal as a 400. Its messages begin with the name of what is wrong: a parameter that is among
-    `known`, or what the engine calls one; else it is that of `otherwise`."""
+    `known` or a part of it (`tools[0].type`), or what the engine calls one; else it is that of `otherwise`. `names`:
+    what this endpoint calls parameters of another."""
     message = ascii(str(error))[1:-1][:_LONGEST_MESSAGE]
-    found = re.match(r"\w*", message)
-    name = _ENGINE_NAMES.get(found[0], found[0]) if found else ""
+    found = re.match(r"(\w*)([\w.\[\]]*)", message)
+    head, part = found.groups() if found else ("", "")
+    name = _ENGINE_NAMES.get(head, head)
+    name = names.get(name, name)
     if name in known:
-        return ApiError(400, message, param=name)
+        return ApiError(400, message, param=name + part if name == head else name)
     return ApiError(400, f"{otherwise}: {message}" if otherwise else message, param=otherwise)
 
 
@@ -69,20 +89,28 @@ def install(app: FastAPI) -> None:
         return _first_of(error.errors(), error.body).response()
 
     @app.exception_handler(HTTPException)
-    async def _http(_: Request, error: HTTPException) -> JSONResponse:
-        if not isinstance(error, ApiError):  # Starlette's own: no such route, no such method
-            headers, error = error.headers, ApiError(error.status_code, str(error.detail))
+    async def _http(http: Request, error: HTTPException) -> JSONResponse:
+        if not isinstance(error, ApiError):  # Starlette's own
+            headers, error = error.headers, ApiError(error.status_code, _words_of(error, http))
             error.headers = headers
         return error.response()
+
+
+def _words_of(error: HTTPException, http: Request) -> str:
+    what = ascii(f"{http.method} {http.url.path}")[1:-1][:200]
+    known = {404: f"there is no {what} here", 405: f"{what} is not allowed here"}
+    return known.get(error.status_code, str(error.detail))
 
 
 def _first_of(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     """One error, of a value with several possible types that whose type came closest: never what was sent, only where
     it is and what is wrong with it."""
-    error = max(errors, key=lambda one: _path(one, body).count("["))
+    error = max(errors, key=lambda one: _closeness(one, body))
     if error["type"] == "json_invalid":
         return ApiError(400, "the body is no valid JSON")
     param = _path(error, body) or None
+    if error["type"] == "none_required":
+        return ApiError(400, f"{param} is not supported", param=param, code="unsupported_parameter")
     if error["type"] == "extra_forbidden":
         return ApiError(
             400, f"{param} is no parameter that this server supports", param=param, code="unknown_parameter"
@@ -95,7 +123,28 @@ def _first_of(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
         return ApiError(400, "the body must be a JSON object, sent as application/json")
     if error["type"] == "missing":
         return ApiError(400, f"{param} is missing", param=param, code="missing_parameter")
-    return ApiError(400, f"{param}: {error['msg']}", param=param, code="invalid_value")
+    return ApiError(400, f"{param}: {_reason(error, errors, body)}", param=param, code="invalid_value")
+
+
+def _closeness(error: Mapping[str, Any], body: Any) -> tuple[int, int, bool]:
+    """How far into the value its check came, and whether its type at least was right."""
+    places = re.findall(r"\[(\d+)\]", _path(error, body))
+    return len(places), int(places[-1]) if places else 0, not _of_type(error)
+
+
+def _of_type(error: Mapping[str, Any]) -> bool:
+    return str(error["type"]).endswith("_type")
+
+
+def _reason(error: Mapping[str, Any], errors: Sequence[Mapping[str, Any]], body: Any) -> str:
+    """What is wrong, in JSON's words; where no type fits, all that would."""
+    if error["type"] == "literal_error":
+        return f"only {_WORDS.get(error['ctx']['expected'], error['ctx']['expected'])} is supported"
+    if not _of_type(error):
+        return str(error["msg"])
+    path = _path(error, body)
+    kinds = [one["type"].removesuffix("_type") for one in errors if _of_type(one) and _path(one, body) == path]
+    return f"must be of the type {' or '.join(dict.fromkeys(_WORDS.get(kind, kind) for kind in kinds))}"
 
 
 def _path(error: Mapping[str, Any], body: Any) -> str:

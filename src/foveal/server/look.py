@@ -20,7 +20,9 @@ class FovealOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    selection: bool = Field(False, description="For every token of the answer, which earlier tokens were attended to.")
+    selection: bool | None = Field(
+        None, description="For every token of the answer, which earlier tokens were attended to."
+    )
 
 
 class SeenToken(BaseModel):

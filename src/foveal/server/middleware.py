@@ -1,6 +1,7 @@
 """What happens around every request: its id and log line, the key, the size of its body. Plain ASGI: nothing is
 buffered, and a client's disconnect gets through."""
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -96,31 +97,66 @@ class Keys:
         await self._app(scope, receive, send)
 
 
-class BodyLimit:
-    """413 for a body of more than `most` bytes, as soon as that is known."""
+class HeadAsGet:
+    """HEAD is answered as GET would be, whose body the server then leaves out."""
 
-    def __init__(self, app: ASGIApp, most: int) -> None:
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+        inside = {**scope, "method": "GET"}
+        try:
+            await self._app(inside, receive, send)
+        finally:
+            scope["route"] = inside.get("route")  # for the log
+
+
+class BodyLimit:
+    """413 for a body of more than `most` bytes, as soon as that is known; 408 for one that has not come after
+    `seconds`, for a shutdown waits for it; 415 for one that is compressed."""
+
+    def __init__(self, app: ASGIApp, most: int, seconds: float) -> None:
         self._app = app
         self._most = most
+        self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        error = ApiError(413, f"the body has more than {self._most} bytes", code="body_too_large")
-        announced = Headers(scope=scope).get("content-length", "0")
-        if not announced.isdecimal() or int(announced[:20]) > self._most:
+        headers = Headers(scope=scope)
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            error = ApiError(415, "content-encoding: a body must not be compressed", code="unsupported_encoding")
             await error.response()(scope, receive, send)
             return
-        received = 0
+        too_large = ApiError(413, f"the body has more than {self._most} bytes", code="body_too_large")
+        announced = headers.get("content-length", "0")
+        if not announced.isdecimal() or int(announced[:20]) > self._most:
+            await too_large.response()(scope, receive, send)
+            return
+        received, complete = 0, False
+        deadline = asyncio.get_running_loop().time() + self._seconds
 
         async def receive_on() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, complete
+            if complete:  # from here on it is the client's going away that is waited for
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                slow = ApiError(408, f"the body has not come in {self._seconds:g} seconds", code="body_too_slow")
+                slow.headers = {"connection": "close"}
+                raise slow from None
+            complete = not message.get("more_body", False)
             received += len(message.get("body", b""))
             if received > self._most:
-                raise error
+                raise too_large
             return message
 
         await self._app(scope, receive_on, send)

@@ -1,7 +1,7 @@
 """What clients may ask, as pydantic models: OpenAI's parameters, then those of `SamplingParams` that OpenAI has not.
 
-Types are strict and names that are not here are refused. A parameter of OpenAI's that is here only with its neutral
-value (`suffix: None`) says that nothing else is supported. `None` always means the default.
+Types are strict and names that are not here are refused. A parameter of OpenAI's that is not supported is
+`Unsupported`: clients may send it as null. `None` always means the default.
 """
 
 import json
@@ -11,14 +11,20 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from foveal.engine import Guidance, SamplingParams
+from foveal.engine.params import LEAST_PENALTY, MOST_PENALTY
 from foveal.server.look import FovealOptions
 
 _INT64 = 2**63
 MOST_LOGPROBS = 20
 """Most likeliest tokens that a client may have the log probabilities of."""
 
+_COMPLETION_TOKENS = 16
+"""Of `/v1/completions`, where the client does not say; OpenAI's default."""
+
+Unsupported = Annotated[None, Field(description="Not supported: only null.")]
 Text = str
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
 
@@ -32,10 +38,11 @@ class Body(BaseModel):
 class StreamOptions(Body):
     """Usage in a stream."""
 
-    include_usage: bool = Field(
-        False, description="One more event before the end, with the usage of the whole request."
+    include_usage: bool | None = Field(
+        None, description="One more event before the end, with the usage of the whole request."
     )
-    continuous_usage_stats: bool = Field(False, description="Every event has the usage so far.")
+    continuous_usage_stats: bool | None = Field(None, description="Every event has the usage so far.")
+    include_obfuscation: Literal[False] | None = None
 
 
 class JsonSchema(Body):
@@ -75,7 +82,7 @@ class StructuredOutputs(Body):
     @model_validator(mode="after")
     def _one_of_them(self) -> "StructuredOutputs":
         if (self.regex is None) == (self.grammar is None):
-            raise ValueError("regex and grammar: give exactly one of them")
+            raise ValueError("regex or grammar must be there, and not both")
         return self
 
     def guidance(self) -> Guidance:
@@ -92,9 +99,7 @@ class Sampling(Body):
     top_p: FiniteFloat | None = Field(None, gt=0.0, le=1.0, description="Default 1.")
     presence_penalty: FiniteFloat | None = Field(None, ge=-2.0, le=2.0, description="Default 0.")
     frequency_penalty: FiniteFloat | None = Field(None, ge=-2.0, le=2.0, description="Default 0.")
-    logit_bias: (
-        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[FiniteFloat, Field(ge=-100, le=100)]] | None
-    ) = None
+    logit_bias: dict[TokenKey, Annotated[FiniteFloat, Field(ge=-100, le=100)]] | None = None
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64, description="Repeats the request, alone and in any batch.")
     stop: (
         Annotated[str, Field(min_length=1)]
@@ -107,7 +112,7 @@ class Sampling(Body):
 
     top_k: int | None = Field(None, ge=-1, description="Sample from this many likeliest tokens; 0 or -1: from all.")
     min_p: FiniteFloat | None = Field(None, ge=0.0, le=1.0, description="Default 0.")
-    repetition_penalty: FiniteFloat | None = Field(None, gt=0.0, description="Default 1.")
+    repetition_penalty: FiniteFloat | None = Field(None, ge=LEAST_PENALTY, le=MOST_PENALTY, description="Default 1.")
     stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool | None = Field(None, description="Go on after the end-of-sequence token.")
     min_tokens: int | None = Field(None, ge=0, description="Nothing ends the text before this many tokens.")
@@ -127,6 +132,16 @@ class Sampling(Body):
         return self
 
     @property
+    def prompt_name(self) -> str:
+        """The field that has the prompt."""
+        return "prompt"
+
+    @property
+    def length_name(self) -> str:
+        """The field that says how long a completion is."""
+        return "max_tokens"
+
+    @property
     def completions(self) -> int:
         """`n`, by default 1."""
         return self.n or 1
@@ -134,17 +149,17 @@ class Sampling(Body):
     @property
     def looks(self) -> bool:
         """Whether the client wants to know what was attended to."""
-        return self.foveal is not None and self.foveal.selection
+        return self.foveal is not None and bool(self.foveal.selection)
 
     @property
     def usage_wanted(self) -> bool:
         """Whether a stream ends with its usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
     def usage_always(self) -> bool:
         """Whether every event has the usage so far."""
-        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
     def guidance(self) -> Guidance | None:
         """The form of the text that was asked for."""
@@ -166,13 +181,17 @@ class CompletionRequest(Sampling):
     """`/v1/completions`."""
 
     prompt: Text | Texts | TokenIds | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
-    max_tokens: int | None = Field(16, ge=0, description="0 only with echo: nothing but the prompt.")
+    max_tokens: int | None = Field(
+        None, ge=0, description=f"Default {_COMPLETION_TOKENS}; 0 only with echo: nothing but the prompt."
+    )
     echo: bool | None = Field(False, description="Begin with the prompt, with its log probabilities if asked for.")
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     prompt_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS, description="As `logprobs`, of the prompt.")
-    add_special_tokens: bool = Field(True, description="Whether a prompt in text gets the tokenizer's begin token.")
+    add_special_tokens: bool | None = Field(
+        None, description="Whether a prompt in text gets the tokenizer's begin token; default true."
+    )
     best_of: Literal[1] | None = None
-    suffix: None = None
+    suffix: Unsupported = None
 
     @model_validator(mode="after")
     def _goes_together(self) -> "CompletionRequest":
@@ -183,6 +202,11 @@ class CompletionRequest(Sampling):
         if self.max_tokens == 0 and self.min_tokens:
             raise ValueError(f"min_tokens = {self.min_tokens} is more than max_tokens = 0")
         return self
+
+    @property
+    def limit(self) -> int:
+        """Most tokens of a completion; 0: nothing but the prompt."""
+        return _COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
 
     def prompts(self) -> Sequence[str | list[int]]:
         """One or more, as text or token ids."""
@@ -235,10 +259,10 @@ class Message(Body):
     tool_call_id: str | None = Field(None, description="Of a tool: which call this answers.")
     reasoning_content: str | None = Field(None, description="Of the assistant, as the server has returned it.")
     # Clients send the assistant's messages back as they came.
-    refusal: None = None
-    annotations: None = None
-    audio: None = None
-    function_call: None = None
+    refusal: Unsupported = None
+    annotations: Unsupported = None
+    audio: Unsupported = None
+    function_call: Unsupported = None
 
     @model_validator(mode="after")
     def _fits_the_role(self) -> "Message":
@@ -250,6 +274,13 @@ class Message(Body):
         if (self.role == "tool") != (self.tool_call_id is not None):
             raise ValueError(f"tool_call_id and the role {self.role} do not go together")
         return self
+
+    @property
+    def size(self) -> int:
+        """Characters of its content."""
+        return (
+            len(self.content) if isinstance(self.content, str) else sum(len(part.text) for part in self.content or ())
+        )
 
     def for_template(self, *, arguments_as_text: bool) -> dict[str, Any]:
         """As chat templates know messages; some want the arguments of calls as text, most as an object."""
@@ -313,6 +344,20 @@ class ChatRequest(Sampling):
     )
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
+    modalities: list[Literal["text"]] | None = None
+    audio: Unsupported = None
+    function_call: Unsupported = None
+    functions: Unsupported = None
+    metadata: Unsupported = None
+    moderation: Unsupported = None
+    prediction: Unsupported = None
+    prompt_cache_key: Unsupported = None
+    prompt_cache_options: Unsupported = None
+    prompt_cache_retention: Unsupported = None
+    reasoning_effort: Unsupported = None
+    safety_identifier: Unsupported = None
+    verbosity: Unsupported = None
+    web_search_options: Unsupported = None
 
     @model_validator(mode="after")
     def _goes_together(self) -> "ChatRequest":
@@ -323,6 +368,17 @@ class ChatRequest(Sampling):
         if self.guidance() is not None and self.tools and self.tool_choice != "none":
             raise ValueError("response_format cannot be kept where tools may be called: set tool_choice = 'none'")
         return self
+
+    @property
+    def prompt_name(self) -> str:
+        """The field that has the prompt."""
+        return "messages"
+
+    @property
+    def length_name(self) -> str:
+        """The field that says how long an answer is."""
+        names = ("max_completion_tokens", "max_tokens")
+        return next((name for name in names if getattr(self, name) is not None), "min_tokens")
 
     @property
     def limit(self) -> int | None:
@@ -336,12 +392,12 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
-    add_special_tokens: bool = Field(True, description="For `prompt` only: templates write their own.")
+    add_special_tokens: bool | None = Field(None, description="Default true. For `prompt`: templates write their own.")
 
     @model_validator(mode="after")
     def _one_of_them(self) -> "TokenizeRequest":
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give exactly one of prompt and messages")
+            raise ValueError("prompt or messages must be there, and not both")
         return self
 
 

@@ -2,12 +2,17 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from foveal.server.look import ChoiceLook, RequestLook
 
 FinishReason = Literal["stop", "length"]
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
+
+
+def _if_any() -> Any:
+    """A field that is left out where there is nothing to say: most clients have not asked for it."""
+    return Field(None, exclude_if=lambda value: value is None)
 
 
 class ErrorDetail(BaseModel):
@@ -58,8 +63,8 @@ class CompletionChoice(BaseModel):
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
     stop_reason: int | str | None
-    foveal: ChoiceLook | None = None
-    prompt_logprobs: list[dict[str, "PromptLogprob"] | None] | None = None
+    foveal: ChoiceLook | None = _if_any()
+    prompt_logprobs: list[dict[str, "PromptLogprob"] | None] | None = _if_any()
 
 
 class PromptLogprob(BaseModel):
@@ -79,7 +84,7 @@ class Completion(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None
-    foveal: RequestLook | None = None
+    foveal: RequestLook | None = _if_any()
 
 
 class TopLogprob(BaseModel):
@@ -128,8 +133,8 @@ class ChatMessage(BaseModel):
 
     role: Literal["assistant"] = "assistant"
     content: str | None
-    reasoning_content: str | None = None
-    tool_calls: list[Call] | None = None
+    reasoning_content: str | None = _if_any()
+    tool_calls: list[Call] | None = _if_any()
 
 
 class ChatChoice(BaseModel):
@@ -140,7 +145,7 @@ class ChatChoice(BaseModel):
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason | None
     stop_reason: int | str | None
-    foveal: ChoiceLook | None = None
+    foveal: ChoiceLook | None = _if_any()
 
 
 class ChatCompletion(BaseModel):
@@ -152,16 +157,16 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
-    foveal: RequestLook | None = None
+    foveal: RequestLook | None = _if_any()
 
 
 class ChatDelta(BaseModel):
     """What is new of an answer."""
 
-    role: Literal["assistant"] | None = None
+    role: Literal["assistant"] | None = _if_any()
     content: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: list[CallDelta] | None = None
+    reasoning_content: str | None = _if_any()
+    tool_calls: list[CallDelta] | None = _if_any()
 
 
 class ChatChunkChoice(BaseModel):
@@ -171,7 +176,7 @@ class ChatChunkChoice(BaseModel):
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason | None
-    foveal: ChoiceLook | None = None
+    foveal: ChoiceLook | None = _if_any()
 
 
 class ChatChunk(BaseModel):
@@ -183,17 +188,19 @@ class ChatChunk(BaseModel):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None
-    foveal: RequestLook | None = None
+    foveal: RequestLook | None = _if_any()
 
 
 class Model(BaseModel):
-    """`max_model_len`: most tokens of a prompt and its completion together."""
+    """`max_model_len`: most tokens of a prompt and its completion together. `chat`: whether it has a chat template,
+    without which it only continues texts."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["foveal"] = "foveal"
     max_model_len: int
+    chat: bool
 
 
 class Models(BaseModel):
@@ -227,8 +234,3 @@ class Version(BaseModel):
     """`/version`."""
 
     version: str
-
-
-def document(content: dict[int, str]) -> dict[int | str, dict[str, Any]]:
-    """`responses` of a route for OpenAPI: the errors by status."""
-    return {status: {"model": ErrorAnswer, "description": text} for status, text in content.items()}

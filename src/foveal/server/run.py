@@ -13,6 +13,9 @@ from foveal.server.service import Service
 
 _logger = logging.getLogger("foveal.server")
 _STOPPED_AT_ONCE = 1
+_KEEP_ALIVE_SECONDS = 75
+"""Longer than clients keep an idle connection (5 seconds for OpenAI's own): closing one as a client takes it up again
+would cost that client an error."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -39,8 +42,9 @@ class _Server(uvicorn.Server):
         """From now on clients can connect."""
         await super().startup(sockets)
         host, port = (sockets or [])[0].getsockname()[:2]
-        model = self._service.settings.model_name
-        _logger.info("listening", extra={"fields": {"host": host, "port": port, "model": model}})
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+        fields = {"host": host, "port": port, "url": url, "model": self._service.settings.model_name}
+        _logger.info("listening", extra={"fields": fields})
 
     def handle_exit(self, sig: int, frame: object) -> None:
         """A signal has come."""
@@ -58,7 +62,13 @@ class _Server(uvicorn.Server):
 
 def configuration(service: Service) -> uvicorn.Config:
     """How uvicorn runs the service: it logs no requests, for their paths are the client's words."""
-    config = uvicorn.Config(create_app(service), log_config=None, access_log=False, server_header=False)
+    config = uvicorn.Config(
+        create_app(service),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+    )
     logging.getLogger("uvicorn.access").disabled = True
     return config
 

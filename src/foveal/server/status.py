@@ -37,7 +37,7 @@ async def tokenize(body: TokenizeRequest, service: ServiceOf) -> Tokens:
         prompt = await service.encode_messages(body.messages)
     else:
         assert body.prompt is not None
-        prompt = await service.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+        prompt = await service.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
     return Tokens(tokens=prompt.ids, count=len(prompt.ids), max_model_len=service.max_model_len)
 
 
@@ -77,4 +77,9 @@ async def metrics(service: ServiceOf) -> Response:
 
 
 def _model(service: Service) -> Model:
-    return Model(id=service.settings.model_name, created=service.created, max_model_len=service.max_model_len)
+    return Model(
+        id=service.settings.model_name,
+        created=service.created,
+        max_model_len=service.max_model_len,
+        chat=service.chats,
+    )

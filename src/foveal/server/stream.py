@@ -80,6 +80,7 @@ def gone_response() -> Response:
     return JSONResponse(None, _GONE)
 
 
-def example(schema: type[BaseModel]) -> dict[str, Any]:
-    """`responses[200]` of a route that answers in one piece or as events of `schema`."""
-    return {"model": schema, "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+def example(schema: type[BaseModel], event: type[BaseModel]) -> dict[str, Any]:
+    """`responses[200]` of a route that answers in one piece, or with `stream` as events."""
+    text = f"Events, each `data: ` and a {event.__name__} as JSON; the last is `data: [DONE]`."
+    return {"model": schema, "content": {"text/event-stream": {"schema": {"type": "string", "description": text}}}}

@@ -167,7 +167,10 @@ class Worker:
             raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=_RETRY_SECONDS)
         asked = sum(request.params.n for request in requests)
         if asked > self._max_sequences:
-            raise ApiError(400, f"{asked} completions in one request; at most {self._max_sequences} fit", param="n")
+            param = "n" if requests[0].params.n > 1 else "prompt"
+            raise ApiError(
+                400, f"{param}: {asked} completions in one request; at most {self._max_sequences} fit", param=param
+            )
         if asked + self.unfinished > self._max_sequences:
             raise ApiError(429, "too many requests are waiting", code="queue_full", retry_after=_RETRY_SECONDS)
         job = Job(self, requests, stream)
@@ -215,7 +218,7 @@ class Worker:
             while self._obey():
                 if self._engine.has_work:
                     self._step()
-        except Exception:
+        except BaseException:
             # A step that fails is the engine's to handle. Here its own accounts are wrong: no result can be trusted.
             _logger.exception("the engine failed")
             self._in_loop(self._die)

@@ -1,4 +1,4 @@
-// Chat with the server that serves this page.
+// Chat with the server that serves this page; a model without a chat template continues a text instead.
 
 import * as look from "./look.js";
 
@@ -9,6 +9,7 @@ const key = element("key");
 
 let messages = []; // the conversation so far, as the endpoint takes it
 let model = "";
+let chats = true;
 let running = null; // an AbortController while an answer comes
 
 key.value = sessionStorage.getItem("key") ?? "";
@@ -35,13 +36,25 @@ async function findModel() {
   try {
     const response = await fetch("/v1/models", { headers: headers() });
     if (!response.ok) throw await failure(response);
-    model = (await response.json()).data[0].id;
+    const found = (await response.json()).data[0];
+    setMode(found.chat);
+    model = found.id;
     element("model").textContent = model;
     talk.querySelector(".wrong.start")?.remove();
   } catch (error) {
     complain(error.message, "start");
     if (/API key/.test(error.message)) toggleSettings(true);
   }
+}
+
+function setMode(chat) {
+  chats = chat;
+  element("ask").textContent = chat ? "Ask something." : "Write a beginning.";
+  element("kind").textContent = chat ? "answer" : "continuation";
+  element("fresh").textContent = chat ? "New chat" : "New text";
+  promptBox.placeholder = chat ? "Message" : "The beginning of a text";
+  promptBox.setAttribute("aria-label", promptBox.placeholder);
+  element("system").closest("label").hidden = !chat;
 }
 
 function complain(text, kind = "") {
@@ -103,7 +116,9 @@ function body() {
   const recorded = element("selection").checked;
   return {
     model,
-    messages: [...(system ? [{ role: "system", content: system }] : []), ...messages],
+    ...(chats
+      ? { messages: [...(system ? [{ role: "system", content: system }] : []), ...messages] }
+      : { prompt: messages.map((one) => one.content).join("") }),
     temperature: Number(element("temperature").value),
     max_tokens: Number(element("max-tokens").value),
     stream: true,
@@ -120,7 +135,7 @@ async function answer() {
   const reply = new Reply(node, text);
   try {
     const options = { method: "POST", headers: headers(), body: JSON.stringify(body()), signal: running.signal };
-    const response = await fetch("/v1/chat/completions", options);
+    const response = await fetch(chats ? "/v1/chat/completions" : "/v1/completions", options);
     if (!response.ok) throw await failure(response);
     for await (const event of events(response.body)) {
       text.classList.remove("waiting");
@@ -155,7 +170,7 @@ class Reply {
     if (event.usage) this.usage = event.usage;
     if (event.foveal) this.record.request = event.foveal;
     for (const choice of event.choices) {
-      const delta = choice.delta ?? {};
+      const delta = choice.delta ?? { content: choice.text };
       this.reason = choice.finish_reason ?? this.reason;
       if (delta.reasoning_content) this.think(delta.reasoning_content);
       if (delta.tool_calls) this.call(delta.tool_calls);
@@ -248,8 +263,8 @@ function toggleSettings(shown) {
 
 element("composer").addEventListener("submit", (event) => {
   event.preventDefault();
-  const text = promptBox.value.trim();
-  if (!text || running) return;
+  const text = chats ? promptBox.value.trim() : promptBox.value;
+  if (!text.trim() || running) return;
   if (!model) {
     findModel();
     return;
@@ -259,7 +274,8 @@ element("composer").addEventListener("submit", (event) => {
   const { text: bubble } = message("user");
   bubble.textContent = text;
   talk.scrollTop = talk.scrollHeight;
-  messages.push({ role: "user", content: text });
+  const paragraph = !chats && messages.length ? "\n\n" : ""; // what is added to a text begins a new one
+  messages.push({ role: "user", content: paragraph + text });
   answer();
 });
 promptBox.addEventListener("input", grow);
