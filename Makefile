@@ -18,7 +18,7 @@ help:
 	@echo "make test    install and run the tests"
 	@echo "make lint    install and run ruff, mypy and import-linter"
 	@echo "make format  let ruff format and fix the sources"
-	@echo "make emulated  test the AVX-512 kernels in software, on a machine without them (needs the headers of SIMDe 0.8.2 or newer)"
+	@echo "make emulated  test the AVX-512 and AMX kernels in software, on a machine without them (needs the headers of SIMDe 0.8.2 or newer)"
 	@echo "make clean   remove $(VENV) and what tools left behind"
 
 demo: $(VENV)/.installed-demo
@@ -41,7 +41,7 @@ format: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# An installation of its own, with an extension in which AVX-512 is emulated; slow.
+# An installation of its own, with an extension in which AVX-512 and AMX are emulated; slow.
 emulated:
 	$(PYTHON) -m venv build/emulated
 	build/emulated/bin/python -m pip install --quiet -C cmake.define.FOVEAL_EMULATED=ON '.[test]'

@@ -77,6 +77,16 @@ FOVEAL_INLINE void transpose(Words* x) {
 FOVEAL_INLINE Words load_words(Bf16Dot, const bf16* p) { return {_mm256_loadu_ps(reinterpret_cast<const float*>(p))}; }
 #endif
 
+// out[c * out_stride + r] = in[r * in_stride + c] for 8 x 8 words.
+FOVEAL_INLINE void transpose8(const Word* in, int64_t in_stride, Word* out, int64_t out_stride) {
+  Words block[PACK];
+#pragma GCC unroll 8
+  for (int r = 0; r < PACK; ++r) block[r] = load_words(FloatDot(), reinterpret_cast<const float*>(in + r * in_stride));
+  transpose(block);
+#pragma GCC unroll 8
+  for (int c = 0; c < PACK; ++c) store_words(out + c * out_stride, block[c]);
+}
+
 // Words that hold `size` numbers of a row.
 template <class Dot>
 constexpr int row_words(int size) {

@@ -1,6 +1,6 @@
 // The vector wrapper: `F32`, a register of floats, with the same operations for every instruction set.
 //
-// width lanes: 16 (avx512, avx512_bf16), 8 (avx2, portable). "partial" operations touch the first n < width lanes only:
+// width lanes: 16 (avx512 and above), 8 (avx2, portable). "partial" operations touch the first n < width lanes only:
 // memory beyond them is neither read nor written, and lanes beyond them are zero.
 #pragma once
 

@@ -130,32 +130,32 @@ inline void multiply_tiles(const Word* a, int64_t a_stride, const Word* b, int w
   if (BLOCKS == 2 && N == 2) store_tile<3>(lower + AMX, c_stride * 4);
 }
 
-// Fewer than 16 rows: whole tiles of copies, so that nothing beyond the rows is read or written.
+// Fewer than 16 rows: whole tiles of copies, so that nothing beyond the rows is read or written. Summed in the same order.
+template <class Dot>
 inline void multiply_last_tile(int rows, const Word* a, int64_t a_stride, const Word* panel, int words, float* c,
                                int64_t c_stride, bool add) {
   alignas(64) Word left[AMX * AMX] = {};
-  alignas(64) float sums[AMX * PANEL];
+  alignas(64) float sums[AMX * PANEL] = {};
+  for (int r = 0; add && r < rows; ++r) std::memcpy(sums + r * PANEL, c + r * c_stride, PANEL * sizeof(float));
   for (int w = 0; w < words; w += AMX, panel += AMX * PANEL) {
     for (int r = 0; r < rows; ++r) std::memcpy(left + r * AMX, a + r * a_stride + w, AMX * sizeof(Word));
-    multiply_tiles<Bf16Dot, 1, COLUMN_REGISTERS>(left, AMX, panel, AMX, sums, PANEL, w > 0);
+    multiply_tiles<Dot, 1, COLUMN_REGISTERS>(left, AMX, panel, AMX, sums, PANEL, add || w > 0);
   }
-  for (int r = 0; r < rows; ++r)
-    for (int n = 0; n < PANEL; n += F32::width) {
-      const F32 sum = load(sums + r * PANEL + n);
-      store(c + r * c_stride + n, add ? load(c + r * c_stride + n) + sum : sum);
-    }
+  for (int r = 0; r < rows; ++r) std::memcpy(c + r * c_stride, sums + r * PANEL, PANEL * sizeof(float));
 }
 
+template <class Dot>
 inline void multiply_by_tiles(int rows, const Word* a, int64_t a_stride, const Word* panel, int words, float* c,
                               int64_t c_stride, bool add) {
   int row = 0;
   for (; row + 2 * AMX <= rows; row += 2 * AMX)
-    multiply_tiles<Bf16Dot, 2, COLUMN_REGISTERS>(a + row * a_stride, a_stride, panel, words, c + row * c_stride, c_stride, add);
+    multiply_tiles<Dot, 2, COLUMN_REGISTERS>(a + row * a_stride, a_stride, panel, words, c + row * c_stride, c_stride, add);
   if (row + AMX <= rows) {
-    multiply_tiles<Bf16Dot, 1, COLUMN_REGISTERS>(a + row * a_stride, a_stride, panel, words, c + row * c_stride, c_stride, add);
+    multiply_tiles<Dot, 1, COLUMN_REGISTERS>(a + row * a_stride, a_stride, panel, words, c + row * c_stride, c_stride, add);
     row += AMX;
   }
-  if (row < rows) multiply_last_tile(rows - row, a + row * a_stride, a_stride, panel, words, c + row * c_stride, c_stride, add);
+  if (row < rows)
+    multiply_last_tile<Dot>(rows - row, a + row * a_stride, a_stride, panel, words, c + row * c_stride, c_stride, add);
 }
 #endif
 
@@ -168,7 +168,7 @@ inline void multiply(int rows, int panels, int words, const Word* a, int64_t a_s
     float* out = c + p * PANEL;
 #if defined(FOVEAL_AMX)
     if constexpr (BY_TILES<Dot>) {
-      multiply_by_tiles(rows, a, a_stride, panel, words, out, c_stride, add);
+      multiply_by_tiles<Dot>(rows, a, a_stride, panel, words, out, c_stride, add);
       continue;
     }
 #endif

@@ -17,6 +17,7 @@ constexpr int STRIP_ROWS = 4 * TILE_ROWS;
 #endif
 constexpr int ROWS = 384, TILE_KEYS = 128;
 static_assert(TILE_KEYS % PANEL == 0, "tiles of keys are whole panels");
+static_assert(PANEL % (WORDS_AT_ONCE<Bf16Dot> * Bf16Dot::numbers) == 0, "panels of keys are whole words at once");
 
 int64_t group_size(const Flash& flash) { return flash.heads / flash.groups; }
 int64_t tile_rows(const Flash& flash) { return tile_queries(flash) * group_size(flash); }

@@ -306,7 +306,7 @@ Tile Attention<Dot>::load_tile(const char* const* rows, int count, Worker& worke
     }
     const int pairs = (count + 1) / 2;
     if (BY_TILES<Dot>) std::memset(worker.values + pairs * value_stride, 0, (TILE / 2 - pairs) * value_stride * sizeof(Word));
-    return {count, keys, {worker.values, 1, value_stride}, (count + 1) / 2};
+    return {count, keys, {worker.values, 1, value_stride}, pairs};
   }
 #endif
   return {count, keys, {worker.keys, 1, stride}, count};

@@ -1,9 +1,10 @@
 // The two products of latent attention, a panel of N registers of columns at a time, and the second one's sums.
 //
-// Usually the lanes of sums are columns, as those of scores are: sums[value, column] += values^T[value, key] . weights[key, column],
-// and weights need not be transposed. Tiles of AMX (common/amx.h) want rows of the left side as they lie in memory, and turning
-// the values would cost more than turning the weights: there sums[column, value] += weights^T[column, key] . values[key, value],
-// in blocks of 16 columns and 16 values that lie one after another.
+// Usually the lanes of sums are columns, as those of scores are, and weights need not be transposed:
+//   sums[value, column] += values^T[value, key] . weights[key, column]
+// Tiles of AMX (common/amx.h) want rows of the left side as they lie in memory, and turning the values would cost more than
+// turning the weights. There, in blocks of 16 columns and 16 values that lie one after another:
+//   sums[column, value] += weights^T[column, key] . values[key, value]
 #pragma once
 
 #include "common/columns.h"
@@ -82,15 +83,8 @@ struct Products<Bf16Dot> {
   static FOVEAL_INLINE void add(Left values, int, const Word* weights, int64_t rank, float* sums, bool first) {
     alignas(64) Word turned[N * AMX * WORDS];  // [columns, WORDS]
     for (int word = 0; word < WORDS; word += PACK)
-      for (int column = 0; column < N * AMX; column += PACK) {
-        Words block[PACK];
-#pragma GCC unroll 8
-        for (int i = 0; i < PACK; ++i)
-          block[i] = load_words(FloatDot(), reinterpret_cast<const float*>(weights + (word + i) * N * AMX + column));
-        transpose(block);
-#pragma GCC unroll 8
-        for (int i = 0; i < PACK; ++i) store_words(turned + (column + i) * WORDS + word, block[i]);
-      }
+      for (int column = 0; column < N * AMX; column += PACK)
+        transpose8(weights + word * N * AMX + column, N * AMX, turned + column * WORDS + word, WORDS);
     load_tile<4>(turned, WORDS * 4), load_tile<5>(turned + AMX, WORDS * 4);
     if (N == 2) load_tile<6>(turned + AMX * WORDS, WORDS * 4), load_tile<7>(turned + AMX * WORDS + AMX, WORDS * 4);
     const Word* right = values.words;

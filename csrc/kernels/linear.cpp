@@ -29,7 +29,7 @@ void finish(const Linear& call, const float* c, int64_t c_stride, int64_t row, i
 
 // Outputs of an item: whole registers, whole panels.
 int64_t item_outputs(const Linear& call) {
-  if (call.rows > few_rows(call.weight)) return ITEM_OUTPUTS;
+  if (call.rows > FEW) return ITEM_OUTPUTS;
   const int64_t outputs = call.weight.outputs;
   if (call.threads == 1) return round_up(outputs, 32);
   const int64_t least = ITEM_BYTES / row_bytes(call.weight) + 1, share = outputs / (4 * call.threads) + 1;

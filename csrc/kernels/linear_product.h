@@ -60,10 +60,10 @@ inline void product(const Weight& weight, const Activations& a, int64_t row, int
   switch (weight.coding) {
     case Coding::f32:
       if (rows > few_rows(weight)) return tiles<float, FloatDot>(weight, a, row, rows, first, count, c, c_stride, words);
-      return strips<Words<Floats>>(at, count, rows);
+      return strips<WordRows<Floats>>(at, count, rows);
     case Coding::bf16:
       if (rows > few_rows(weight)) return tiles<bf16, Bf16Dot>(weight, a, row, rows, first, count, c, c_stride, words);
-      return strips<Words<Bf16s>>(at, count, rows);
+      return strips<WordRows<Bf16s>>(at, count, rows);
     case Coding::int8:
       return strips<Int8s>(at, count, rows);
     case Coding::int4:

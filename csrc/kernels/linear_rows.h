@@ -430,7 +430,7 @@ inline void dot_int4(const Corner& at) {
 
 // The dot products of each coding, under one name, and how many rows of weights a single row of activations meets at once.
 template <class Weights>
-struct Words {
+struct WordRows {
   static constexpr int ROWS_ALONE = 1;
   template <int R, int M>
   static FOVEAL_INLINE void dot(const Corner& at) {

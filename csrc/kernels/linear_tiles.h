@@ -1,10 +1,11 @@
 // Products of f32 and bf16 weights with many rows of activations: tiles of packed panels (common/tile.h).
 //
 // K_BLOCK words of N_PANELS panels of weights are packed into a part of L2 and meet all rows of activations of the item; one
-// panel of them, and a few rows of activations, lie in L1 meanwhile. Tiles of AMX take rows of weights as they lie in memory for
-// their left side: where rows of activations are the fewer, these are packed instead, and the result is turned.
+// panel of them, and a few rows of activations, lie in L1 meanwhile. Tiles of AMX take rows of weights as they lie in memory
+// for their left side: where rows of activations are the fewer, these are packed instead, and the result is turned.
 #pragma once
 
+#include "common/pack.h"
 #include "kernels/linear_rows.h"
 
 namespace foveal::FOVEAL_ISA {
@@ -13,11 +14,11 @@ constexpr int K_BLOCK = 512, N_PANELS = 4;
 constexpr int K_STRIDE = K_BLOCK + 16;  // rows that lie a power of two apart would share a set of L1
 
 // `n` words of one row of weights, then zeros up to a multiple of 2 width.
-FOVEAL_INLINE void row_words(const float* row, int64_t inputs, int64_t from, int n, Word* out) {
+FOVEAL_INLINE void take_words(const float* row, int64_t inputs, int64_t from, int n, Word* out) {
   for (int i = 0; i < n; i += F32::width)
     store(reinterpret_cast<float*>(out) + i, load_up_to(row + from + i, inputs - from - i));
 }
-FOVEAL_INLINE void row_words(const bf16* row, int64_t inputs, int64_t from, int n, Word* out) {
+FOVEAL_INLINE void take_words(const bf16* row, int64_t inputs, int64_t from, int n, Word* out) {
   if (PAIRS) {
     const int64_t left = inputs - 2 * from, copied = left < 2 * n ? left : 2 * n;
     std::memset(out, 0, n * sizeof(Word));
@@ -32,39 +33,13 @@ FOVEAL_INLINE void row_words(const bf16* row, int64_t inputs, int64_t from, int 
   }
 }
 
-// out[c * out_stride + r] = in[r * in_stride + c] for 8 x 8 words.
-FOVEAL_INLINE void transpose8(const Word* in, int64_t in_stride, Word* out, int64_t out_stride) {
-#if defined(FOVEAL_AVX2) || defined(FOVEAL_AVX512)
-  __m256 row[8], pair[8];
-  for (int r = 0; r < 8; ++r) row[r] = _mm256_loadu_ps(reinterpret_cast<const float*>(in + r * in_stride));
-  for (int r = 0; r < 8; r += 2) {
-    pair[r] = _mm256_unpacklo_ps(row[r], row[r + 1]);
-    pair[r + 1] = _mm256_unpackhi_ps(row[r], row[r + 1]);
-  }
-  for (int r = 0; r < 8; r += 4) {
-    row[r] = _mm256_shuffle_ps(pair[r], pair[r + 2], 0x44);
-    row[r + 1] = _mm256_shuffle_ps(pair[r], pair[r + 2], 0xee);
-    row[r + 2] = _mm256_shuffle_ps(pair[r + 1], pair[r + 3], 0x44);
-    row[r + 3] = _mm256_shuffle_ps(pair[r + 1], pair[r + 3], 0xee);
-  }
-  for (int c = 0; c < 4; ++c) {
-    float* p = reinterpret_cast<float*>(out + c * out_stride);
-    _mm256_storeu_ps(p, _mm256_permute2f128_ps(row[c], row[c + 4], 0x20));
-    _mm256_storeu_ps(p + 4 * out_stride, _mm256_permute2f128_ps(row[c], row[c + 4], 0x31));
-  }
-#else
-  for (int c = 0; c < 8; ++c)
-    for (int r = 0; r < 8; ++r) out[c * out_stride + r] = in[r * in_stride + c];
-#endif
-}
-
 // Words [from, from + n) of `count` rows of weights as panels; rows that are lacking are zeros.
 template <class Number>
 void pack_panels(const Weight& weight, int64_t first, int64_t count, int64_t from, int n, Word* rows, Word* panels) {
   for (int64_t p = 0; p < count; p += PANEL, panels += static_cast<int64_t>(n) * PANEL) {
     for (int r = 0; r < PANEL; ++r) {
       if (p + r < count)
-        row_words(static_cast<const Number*>(weight.values) + (first + p + r) * weight.inputs, weight.inputs, from, n,
+        take_words(static_cast<const Number*>(weight.values) + (first + p + r) * weight.inputs, weight.inputs, from, n,
                   rows + r * K_STRIDE);
       else
         std::memset(rows + r * K_STRIDE, 0, n * sizeof(Word));
@@ -86,31 +61,6 @@ FOVEAL_INLINE bool is_turned(const Weight& weight, int64_t rows) {
 
 // Rows of activations for which weights are streamed row by row.
 inline int64_t few_rows(const Weight& weight) { return is_turned(weight, FEW) ? FEW / 2 : FEW; }
-#else
-inline int64_t few_rows(const Weight&) { return FEW; }
-#endif
-
-#if defined(FOVEAL_AMX)
-
-// Up to PANEL rows of activations as columns: panel[words, PANEL].
-inline void pack_activations(const Word* x, int64_t rows, int64_t words, Word* panel) {
-  const Word none[8 * 8] = {};
-  Word last[8 * 8];
-  for (int64_t r = 0; r < PANEL; r += 8)
-    for (int64_t w = 0; w < words; w += 8) {
-      const int64_t there = rows - r < 8 ? rows - r : 8;
-      const Word *from = none, *block = x + r * words + w;
-      int64_t stride = 8;
-      if (there == 8) {
-        from = block, stride = words;
-      } else if (there > 0) {
-        std::memset(last, 0, sizeof last);
-        for (int64_t i = 0; i < there; ++i) std::memcpy(last + 8 * i, block + i * words, 8 * sizeof(Word));
-        from = last;
-      }
-      transpose8(from, stride, panel + w * PANEL + r, PANEL);
-    }
-}
 
 // c[m, o] = turned[o, m] for m < rows and o < PANEL.
 inline void turn_back(const float* turned, int64_t rows, float* c, int64_t c_stride) {
@@ -129,15 +79,19 @@ inline void turned_tiles(const Weight& weight, const Activations& a, int64_t row
   alignas(64) float turned[PANEL * PANEL];
   for (int64_t m = 0; m < rows; m += PANEL) {
     const int64_t some = rows - m < PANEL ? rows - m : PANEL;
-    pack_activations(a.words + (row + m) * a.words_stride, some, a.words_stride, panel);
+    const bf16* columns[PANEL];
+    for (int64_t i = 0; i < some; ++i) columns[i] = reinterpret_cast<const bf16*>(a.words + (row + m + i) * a.words_stride);
+    pack_columns<Bf16Dot>(columns, static_cast<int>(some), static_cast<int>(2 * a.words_stride), panel);
     for (int64_t o = 0; o < count; o += PANEL) {
       const int here = static_cast<int>(count - o < PANEL ? count - o : PANEL);
-      multiply_by_tiles(here, weights + o * (weight.inputs / 2), weight.inputs / 2, panel, static_cast<int>(a.words_stride),
+      multiply_by_tiles<Bf16Dot>(here, weights + o * (weight.inputs / 2), weight.inputs / 2, panel, static_cast<int>(a.words_stride),
                         turned, PANEL, false);
       turn_back(turned, some, c + m * c_stride + o, c_stride);
     }
   }
 }
+#else
+inline int64_t few_rows(const Weight&) { return FEW; }
 #endif
 
 // Words of scratch that `tiles` needs.

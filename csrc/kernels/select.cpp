@@ -4,8 +4,8 @@
 // are too few tiles for the threads). Its queries are packed into panels of heads once (tile.h's B). Keys pass by KEYS at a
 // time: they are read where they are stored and converted into words once for all queries and heads of the tile (tile.h's
 // A; first-level cache), and each panel of heads is multiplied with them. Products never leave the registers: ReLU, head
-// weights and the sum over heads are applied to the accumulators, and one float a key is left. (Tiles of AMX are stored first,
-// 32 keys by 32 heads.)
+// weights and the sum over heads are applied to the accumulators, and one float a key is left. (Sums in tiles of AMX do, 32 keys
+// by 32 heads, for the first-level cache.)
 //
 // Scores are not stored either. A query keeps candidates, keys that may be among its topk, in order of position; what does
 // not exceed the floor, the topk-th best score so far, is dropped at once. When the candidates' memory is full, a radix
@@ -178,7 +178,7 @@ struct Selection {
       Word* column = packed + first * words + h - first;
       for (int64_t i = 0; i < words; ++i) column[i * stride] = w.row[i];
       weights[h] = h < s.heads ? s.weights[row * s.heads + h] * unit<Dot>(s.query_format) : 0.0f;
-      if constexpr (Dot::numbers == 4) {
+      if constexpr (Dot::numbers == 4 && Int8Dot::key_offset) {
         int32_t total = 0;
         for (int64_t i = 0; h < s.heads && i < s.size; ++i) total += static_cast<int8_t>(numbers[i]);
         offsets[h] = -Int8Dot::key_offset * total;

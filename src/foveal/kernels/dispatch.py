@@ -56,7 +56,7 @@ class Operation(Generic[Params, Result]):
 
     @property
     def versions(self) -> tuple[str, ...]:
-        """Names of all versions, the preferred one last."""
+        """Names of all versions, the preferred one last, but for those of special arguments."""
         return tuple(self._versions)
 
     def chosen(self, device: str = "cpu", *, gradients: bool = False) -> str:

@@ -164,8 +164,7 @@ def linear(x_TX: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 
 
 @linear.add("torch", differentiable=True)
-def linear_torch(x_TX: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-    """`linear` by torch; a quantised weight is widened first."""
+def _linear_torch(x_TX: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     return plain_linear(x_TX, weight.dequantise(x_TX.dtype) if isinstance(weight, QuantisedWeight) else weight, bias)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compiled import each_isa
+from compiled import ISAS, each_isa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -84,6 +84,21 @@ def test_rows_of_a_batch(isa: str, rows: int, outputs: int, inputs: int) -> None
     check_product(linear(x, weight, bias, version=isa), x, weight, bias)
 
 
+@each_isa
+@pytest.mark.parametrize("rows", [9, 64, 300])
+def test_wide_weights(isa: str, rows: int) -> None:
+    """Activations of a panel that need more room than a block of inputs does."""
+    x, weight = torch.randn(rows, 6176).bfloat16(), torch.randn(40, 6176).bfloat16()
+    check_product(linear(x, weight, version=isa), x, weight)
+
+
+@each_isa
+def test_rows_do_not_know_each_other(isa: str) -> None:
+    """A row that is summed in another order in a tile that is not full."""
+    x, weight = torch.randn(96, 2048).bfloat16(), torch.randn(1000, 2048).bfloat16()
+    assert torch.equal(linear(x[:79], weight, version=isa), linear(x, weight, version=isa)[:79])
+
+
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_whoever_multiplies_many_rows(kind: str, dtype: torch.dtype) -> None:
@@ -94,11 +109,23 @@ def test_whoever_multiplies_many_rows(kind: str, dtype: torch.dtype) -> None:
     check_product(linear(x, weight, bias), x, weight, bias, 2**-8 if by_torch else 0.0)
 
 
+@pytest.mark.skipif(not ISAS, reason="no compiled kernels")
+def test_special_versions_stay_special() -> None:
+    """Products of many rows that are named as the usual ones, take gradients away, or hide what does not fit."""
+    assert linear.chosen() == ISAS[-1]
+    x, weight = torch.randn(130, 64, requires_grad=True), torch.randn(8, 64)
+    linear(x, weight).sum().backward()
+    assert x.grad is not None
+    with torch.no_grad(), pytest.raises(ValueError, match="takes 96 inputs"):
+        linear(x, torch.randn(8, 96))
+
+
 @each_isa
+@pytest.mark.parametrize(("rows", "dtype"), [(5, torch.float32), (5, torch.bfloat16), (70, torch.bfloat16)])
 @pytest.mark.parametrize("kind", WEIGHTS)
-def test_threads_change_nothing(isa: str, kind: str) -> None:
+def test_threads_change_nothing(isa: str, kind: str, rows: int, dtype: torch.dtype) -> None:
     """Sums whose order depends on who computes them."""
-    x, weight = torch.randn(5, 256), make_weight(kind, 1000, 256, torch.float32)
+    x, weight = torch.randn(rows, 256).to(dtype), make_weight(kind, 1000, 256, dtype)
     alone = linear(x, weight, version=isa)
     torch.set_num_threads(2)
     try:

@@ -2,12 +2,15 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear as plain_linear
 
 from foveal.kernels.cpu.library import DTYPES, FORMATS, Kernels, address, compiled, instruction_sets, is_intel
-from foveal.kernels.matmul import QuantisedWeight, Weight, linear, linear_torch
+from foveal.kernels.matmul import QuantisedWeight, Weight, linear
 
 # Rows of activations from which torch's products win where it has been written for the processor.
 _MANY = 128
+# Quantised weights that are widened at a time: some 9 bytes each.
+_WIDENED = 1 << 22
 
 # The numbers of `Coding` in csrc/kernels/linear.h.
 CODINGS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
@@ -39,15 +42,19 @@ def _accepts(x_TX: Tensor, weight: Weight, bias: Tensor | None = None) -> bool:
     )
 
 
-@compiled(linear, _accepts)
-def _linear(kernels: Kernels, x_TX: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+def _check(x_TX: Tensor, weight: Weight, bias: Tensor | None) -> None:
     outputs, inputs = weight.shape
     if x_TX.shape[1] != inputs:
         raise ValueError(f"x has shape {list(x_TX.shape)}, but the weight takes {inputs} inputs")
     if bias is not None and bias.shape != (outputs,):
         raise ValueError(f"bias has shape {list(bias.shape)}, but the weight has {outputs} outputs")
+
+
+@compiled(linear, _accepts)
+def _linear(kernels: Kernels, x_TX: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    _check(x_TX, weight, bias)
     rows = x_TX.shape[0]
-    out_TY = torch.empty(rows, outputs, dtype=x_TX.dtype)
+    out_TY = torch.empty(rows, weight.shape[0], dtype=x_TX.dtype)
     out = address(bias), address(out_TY)
     sizes = rows, FORMATS[x_TX.dtype], torch.get_num_threads()
     kernels.run.linear(address(x_TX), x_TX.stride(0), weight_arguments(weight), *out, *sizes)
@@ -56,11 +63,23 @@ def _linear(kernels: Kernels, x_TX: Tensor, weight: Weight, bias: Tensor | None 
 
 def _torch_wins(x_TX: Tensor, weight: Weight, bias: Tensor | None = None) -> bool:
     # benchmarks/kernels.py. With AMX also for quantised weights, although they are widened for each call.
-    if x_TX.shape[0] < _MANY or not instruction_sets():
+    if x_TX.shape[0] < _MANY or not instruction_sets() or not _accepts(x_TX, weight, bias):
         return False
-    if x_TX.dtype == torch.bfloat16 and instruction_sets()[-1].isa == "amx":
-        return isinstance(weight, QuantisedWeight) or not weight.is_mkldnn
-    return x_TX.dtype == torch.float32 and is_intel() and isinstance(weight, Tensor) and not weight.is_mkldnn
+    if x_TX.dtype == torch.bfloat16:
+        return instruction_sets()[-1].isa == "amx" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return is_intel() and isinstance(weight, Tensor)
 
 
-linear.add("many rows", differentiable=False, devices=("cpu",), accepts=_torch_wins, special=True)(linear_torch)
+@linear.add("many rows", differentiable=False, devices=("cpu",), accepts=_torch_wins, special=True)
+def _linear_many_rows(x_TX: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    _check(x_TX, weight, bias)
+    if isinstance(weight, Tensor):
+        return plain_linear(x_TX, weight, bias)
+    outputs, inputs = weight.shape
+    out_TY = x_TX.new_empty(x_TX.shape[0], outputs)
+    step = max(1, _WIDENED // inputs)
+    for start in range(0, outputs, step):
+        some = slice(start, start + step)
+        wide_yX = QuantisedWeight(*(part[some] for part in weight.parts)).dequantise(x_TX.dtype)
+        out_TY[:, some] = plain_linear(x_TX, wide_yX, None if bias is None else bias[some])
+    return out_TY
