@@ -5,13 +5,13 @@ from random weights by one recipe, beside what a sequence of each keeps in memor
 
 Full attention (llama), DSA (deepseek_v32 without experts), Mamba, Mamba-2, and a hybrid (jamba without experts: one
 layer of attention to seven of Mamba). Every design is trained twice with the same data, updates, tokens, optimiser and
-schedule: on MQAR alone (rows of 256 tokens, 1 to 63 pairs), and on text alone (rows of 512 tokens). The learning rate
-alone is each design's own: of `RATES` that with the lowest perplexity after a short trial on text. DSA learns as it is
-meant to: two thirds of the updates dense, then a short warm-up of its indexers alone (beside the updates that all
-have), then the last third with its selection, with which it is measured too.
+schedule: on MQAR alone (rows of 32 tokens, 1 to 7 pairs of few keys and values), and on text alone (rows of 512
+tokens). On text the learning rate alone is each design's own: of `RATES` that with the lowest perplexity after a short
+trial. DSA learns as it is meant to: two thirds of the updates dense, then a short warm-up of its indexers alone (beside
+the updates that all have), then the last third with its selection, with which it is measured too.
 
-A run takes some 45 minutes on one core. One that was stopped goes on where it was; each model is a line of
-OUTPUT/results.jsonl once it is measured.
+A run that was stopped goes on where it was; each model is a line of OUTPUT/results.jsonl once it is measured, known by
+all that its recipe says.
 """
 
 import argparse
@@ -19,7 +19,9 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,12 +42,14 @@ Task = Literal["mqar", "text"]
 TASKS: tuple[Task, ...] = ("mqar", "text")
 
 VOCABULARY, HIDDEN = 512, 64
-CONTEXT: Mapping[Task, int] = {"mqar": 256, "text": 512}
-TOKENS: Mapping[Task, int] = {"mqar": 1024, "text": 2048}  # of an update
-UPDATES: Mapping[Task, int] = {"mqar": 500, "text": 250}
-TRIAL_UPDATES, RATES = 30, (6e-3, 1.2e-2, 2.4e-2)
+CONTEXT: Mapping[Task, int] = {"mqar": 32, "text": 512}
+TOKENS = 2048  # of an update
+UPDATES: Mapping[Task, int] = {"mqar": 250, "text": 64}
+MQAR_RATE = 6e-3
+TRIAL_UPDATES, RATES = 12, (1.2e-2, 2.4e-2, 4.8e-2)  # on text
 DECAY = 0.3  # share of the updates in which the learning rate falls
-PAIRS = (4, 8, 16, 32, 64, 128)  # of which up to 63 fit into the rows trained on
+KEYS = 8  # of MQAR; as many values
+PAIRS = (2, 3, 4, 6, 8)  # of which up to 7 fit into the rows trained on
 ROWS = 64
 WINDOWS = 64  # of held-out text
 LENGTHS = (4096, 262_144)  # at which memory is told
@@ -90,17 +94,17 @@ DESIGNS = (
     Design(
         "attention",
         "full attention",
-        {"model_type": "llama", **_COMMON, **_ATTENTION, "num_hidden_layers": 8, "intermediate_size": 128},
+        {"model_type": "llama", **_COMMON, **_ATTENTION, "num_hidden_layers": 2, "intermediate_size": 336},
     ),
     Design(
         "dsa",
-        "DSA, top-k 32",
+        "DSA, top-k 8",
         {
             "model_type": "deepseek_v32",
             **_COMMON,
             **_ATTENTION,
-            "num_hidden_layers": 8,
-            "intermediate_size": 92,
+            "num_hidden_layers": 2,
+            "intermediate_size": 304,
             "q_lora_rank": 32,
             "kv_lora_rank": 32,
             "qk_nope_head_dim": 16,
@@ -108,9 +112,9 @@ DESIGNS = (
             "v_head_dim": 16,
             "index_n_heads": 8,
             "index_head_dim": 16,
-            "index_topk": 32,
+            "index_topk": 8,
             # Every layer is dense: the experts' sizes are asked for all the same.
-            "first_k_dense_replace": 8,
+            "first_k_dense_replace": 2,
             "n_routed_experts": 1,
             "num_experts_per_tok": 1,
             "n_group": 1,
@@ -121,7 +125,7 @@ DESIGNS = (
     Design(
         "mamba",
         "Mamba",
-        {"model_type": "mamba", **_COMMON, "num_hidden_layers": 10, "state_size": 16},
+        {"model_type": "mamba", **_COMMON, "num_hidden_layers": 5, "state_size": 16},
     ),
     Design(
         "mamba2",
@@ -129,7 +133,7 @@ DESIGNS = (
         {
             "model_type": "mamba2",
             **_COMMON,
-            "num_hidden_layers": 10,
+            "num_hidden_layers": 5,
             "state_size": 48,
             "n_groups": 1,
             "num_heads": 4,
@@ -144,7 +148,8 @@ DESIGNS = (
             **_COMMON,
             **_ATTENTION,
             "num_hidden_layers": 8,
-            "intermediate_size": 50,
+            "mamba_expand": 1,
+            "intermediate_size": 20,
             "num_experts": 1,
             "num_experts_per_tok": 1,
         },
@@ -163,9 +168,11 @@ class Run:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What its result is known by."""
-        told = {"design": self.design.name, "parameters": self.design.parameters, "task": self.task}
-        return {**told, "updates": self.updates, "rate": self.rate}
+        """What its result is known by: with whatever else its recipe says, as a hash."""
+        stages = [asdict(stage) for stage in self.stages()]
+        recipe = json.dumps([self.design.config, stages, KEYS if self.task == "mqar" else None])
+        told = {"design": self.design.name, "task": self.task, "updates": self.updates, "rate": self.rate}
+        return {**told, "recipe": sha256(recipe.encode()).hexdigest()[:12]}
 
     def stages(self) -> tuple[StageSettings, ...]:
         """The same for all designs, but that the last third of a sparse one's is sparse."""
@@ -173,8 +180,8 @@ class Run:
             kind="pretrain",
             steps=self.updates,
             context=CONTEXT[self.task],
-            tokens_per_step=TOKENS[self.task],
-            micro_tokens=TOKENS[self.task],
+            tokens_per_step=TOKENS,
+            micro_tokens=TOKENS,
             sources=(self.task,),
             optimizer="muon",
             learning_rate=self.rate,
@@ -194,11 +201,13 @@ class Run:
 
     def recipe(self, text: Path, output: Path) -> Recipe:
         """The one recipe, with the design's config in it."""
-        folder = output / f"{self.design.name}-{self.task}-{self.updates}-{self.rate:g}"
+        folder = output / "-".join(str(part) for part in self.key.values())
         folder.mkdir(parents=True, exist_ok=True)
         config = folder / "config.json"
         config.write_text(json.dumps(self.design.config, indent=2) + "\n", encoding="utf-8")
-        made_up = RetrievalSettings(name="mqar", tasks=("mqar",), min_length=CONTEXT["mqar"], other_weight=0.0)
+        made_up = RetrievalSettings(
+            name="mqar", tasks=("mqar",), mqar_keys=KEYS, min_length=CONTEXT["mqar"], other_weight=0.0
+        )
         data = DataSettings(
             tokenizer=TokenizerSettings(vocab_size=VOCABULARY),
             text=(TextSettings(files=(text,), name="text"),),
@@ -232,8 +241,10 @@ class Bench:
             print(json.dumps(found), file=results)
         return found
 
-    def rate(self, design: Design) -> float:
-        """The best of `RATES` for a design."""
+    def rate(self, design: Design, task: Task) -> float:
+        """That of recall; for text the best of `RATES` for the design."""
+        if task == "mqar":
+            return MQAR_RATE
         trials = {rate: self.result(Run(design, "text", TRIAL_UPDATES, rate)) for rate in RATES}
         return min(trials, key=lambda rate: float(trials[rate]["perplexity"]["nats"]))
 
@@ -241,9 +252,8 @@ class Bench:
 def accuracies(trainer: Trainer) -> dict[str, Any]:
     """Recall by the number of pairs."""
     encoder = trainer.corpus.encoder
-    cells = {
-        pairs: association_accuracy(trainer.decoder, encoder.plain, pairs, ROWS, begin=encoder.begin) for pairs in PAIRS
-    }
+    ids = encoder.plain[: 2 * KEYS]
+    cells = {pairs: association_accuracy(trainer.decoder, ids, pairs, ROWS, begin=encoder.begin) for pairs in PAIRS}
     return {"accuracy": [{"pairs": pairs, **cell.as_dict()} for pairs, cell in cells.items()]}
 
 
@@ -268,7 +278,7 @@ def check_sizes(designs: Sequence[Design]) -> None:
 def print_results(designs: Sequence[Design], results: Sequence[Mapping[str, Any]]) -> None:
     """What was learned, and what it costs: a line a design in each table; what is not measured is left empty."""
     by = {(found["design"], found["task"]): found for found in results}
-    rates = {found["design"]: f"{found['rate']:g}" for found in results}
+    rates = {found["design"]: f"{found['rate']:g}" for found in results if found["task"] == "text"}
     learned, costs = [], []
     for design in designs:
         recall, text, kept = by.get((design.name, "mqar")), by.get((design.name, "text")), design.memory()
@@ -282,14 +292,12 @@ def print_results(designs: Sequence[Design], results: Sequence[Mapping[str, Any]
                 *(design.title, rates.get(design.name, ""), str(design.parameters)),
                 *(str(kept["bytes_per_token"]), f"{kept['state_bytes'] / 1024:.1f}"),
                 *(f"{size / 1024:.0f}" for size in kept["bytes_at"].values()),
-                *(f"{one['seconds']:.0f}" if one else "" for one in (recall, text)),
             ]
         )
     print_table(["values recalled of", *(f"{pairs} pairs, %" for pairs in PAIRS), "perplexity"], learned)
     print()
     memories = [f"{length // 1024}K tokens, KiB" for length in LENGTHS]
-    times = [f"{task} training, s" for task in TASKS]
-    print_table(["", "rate", "parameters", "bytes a token", "state, KiB", *memories, *times], costs)
+    print_table(["", "rate on text", "parameters", "bytes a token", "state, KiB", *memories], costs)
 
 
 def plot(designs: Sequence[Design], results: Sequence[Mapping[str, Any]], file: Path) -> None:
@@ -306,8 +314,7 @@ def plot(designs: Sequence[Design], results: Sequence[Mapping[str, Any]], file: 
             else:
                 size = design.memory()["bytes_at"][LENGTHS[-1]] / 2**20
                 prices.plot(size, found["perplexity"]["perplexity"], "o", color=color, label=design.title)
-    trained = CONTEXT["mqar"] // 4
-    recalls.axvspan(trained, PAIRS[-1], color="0.93", label="more than trained on")
+    recalls.plot(PAIRS, [100 / pairs for pairs in PAIRS], ":", color="0.5", label="any value told")
     recalls.set(xscale="log", xlabel="pairs in the context", ylabel="values recalled, %", ylim=(-3, 103))
     recalls.set_xticks(PAIRS, [str(pairs) for pairs in PAIRS])
     recalls.minorticks_off()
@@ -338,10 +345,9 @@ def main() -> None:
     bench = Bench(Path(data) / "text" / "classics_simple.txt.gz", arguments.output)
     designs = [design for design in DESIGNS if design.name in (arguments.only or [design.name])]
     results = []
-    for design in designs:
-        rate = arguments.rate or bench.rate(design)
-        runs = [Run(design, task, round(arguments.share * UPDATES[task]), rate) for task in arguments.tasks]
-        results += [bench.result(run) for run in runs]
+    for task, design in product(arguments.tasks, designs):
+        rate = arguments.rate or bench.rate(design, task)
+        results.append(bench.result(Run(design, task, round(arguments.share * UPDATES[task]), rate)))
     if arguments.plot:
         plot(designs, results, arguments.plot)
     if arguments.json:
@@ -349,7 +355,7 @@ def main() -> None:
         print(json.dumps({"circumstances": circumstances(), "memory": kept, "results": results}))
         return
     print(", ".join(f"{name} {value}" for name, value in circumstances().items()))
-    print(", ".join(f"{task}: {UPDATES[task]} updates of {TOKENS[task]} tokens" for task in TASKS), end="\n\n")
+    print(", ".join(f"{task}: {UPDATES[task]} updates of {TOKENS} tokens" for task in TASKS), end="\n\n")
     print_results(designs, results)
 
 

@@ -1,6 +1,7 @@
 """Made-up documents: exact lengths, and answers that the document does tell."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -83,6 +84,22 @@ def test_associations_fill_a_row_with_answers(tokenizer: PreTrainedTokenizerBase
         assert all(stop - start == 1 and told[ids[start - 1]] == ids[start] for start, stop in spans)
         assert len(spans) == 127 - len(told) and not set(ids[:-2]) & set(tokenizer.all_special_ids)
     assert min(numbers) < 4 and max(numbers) > 40
+
+
+def test_few_keys_come_more_often(tokenizer: PreTrainedTokenizerBase) -> None:
+    """`mqar_keys` keys, as many other tokens as values; the first of both are in most rows, the last in some."""
+    source = rows(tokenizer, ["mqar"], min_length=64, context=64, other_weight=0.0, mqar_keys=12)
+    plain = Encoder(tokenizer).plain
+    told = Counter[int]()
+    for number in range(200):
+        row = source.row(number)
+        ids, weights = row.sequences[0].tolist(), (row.loss_weights or ())[0]
+        ((first, _), *_) = answer_spans(weights > 0)
+        assert 1 <= first // 2 <= 12
+        told.update(ids[: first - 1])
+    assert set(told) == set(plain[:24])
+    for some in (plain[:12], plain[12:24]):
+        assert told[some[0]] > 2 * told[some[-1]] > 20
 
 
 def test_a_begin_token_comes_first(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -204,8 +204,11 @@ class RetrievalRows:
 
     def _mqar(self, dice: Random, length: int) -> _Snippet:
         """Pairs of single tokens, their number evenly on a logarithmic scale; queries fill the rest."""
-        ids = self._encoder.plain
-        pairs = int((1 + min(length // 4, len(ids) // 2)) ** dice.random())
+        ids, most = self._encoder.plain, self._settings.mqar_keys
+        pairs = int((1 + min(length // 4, most or len(ids) // 2)) ** dice.random())
+        if most is not None:
+            few = int(pairs * ((1 + most) / pairs) ** dice.random())
+            ids = ids[:few] + ids[most : most + few]
         return _Snippet(*draw_associations(dice, ids, pairs, length // 2 - pairs))
 
     def _ruler(self, name: str, dice: Random, length: int) -> _Snippet | None:

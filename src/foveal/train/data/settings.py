@@ -78,6 +78,13 @@ class RetrievalSettings:
         "that want their values, which alone can be known: other_weight = 0; the last six are those of RULER",
         ("passkey", "multikey", "recall", "copy"),
     )
+    mqar_keys: int | None = key(
+        "mqar: how many keys there are, and as many values; a row draws its own from the first few, from as many as it "
+        "has pairs to all, evenly on a logarithmic scale, so that some come often and are learnt first (none: every "
+        "token is a key or a value, all equally often)",
+        None,
+        at_least=1,
+    )
     haystack: str | None = key("the name of the text source to hide things in; none: plain made-up sentences", None)
     min_length: int = key(
         "tokens of the shortest document (a copy, where its task needs more); the longest fills the context",
