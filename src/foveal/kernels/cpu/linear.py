@@ -62,7 +62,7 @@ def _linear(kernels: Kernels, x_TX: Tensor, weight: Weight, bias: Tensor | None 
 
 
 def _torch_wins(x_TX: Tensor, weight: Weight, bias: Tensor | None = None) -> bool:
-    # benchmarks/kernels.py. With AMX also for quantised weights, although they are widened for each call.
+    # With AMX also for quantised weights, although they are widened for each call.
     if x_TX.shape[0] < _MANY or not instruction_sets() or not _accepts(x_TX, weight, bias):
         return False
     if x_TX.dtype == torch.bfloat16:
