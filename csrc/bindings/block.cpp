@@ -10,20 +10,20 @@
 #include <variant>
 #include <vector>
 
-#include "bindings/bindings.h"
-#include "bindings/sequences.h"
+#include "bindings/selection.h"
+#include "bindings/weights.h"
 
 namespace foveal {
 namespace {
 
-using AnyBlock = std::variant<GqaBlock, MlpBlock>;
+using AnyBlock = std::variant<GqaBlock, MlaBlock, MlpBlock, MoeBlock>;
 
 // Blocks that follow one another.
 struct Blocks {
   std::vector<AnyBlock> all;
 };
 
-// (values, scales, lows, outputs, inputs, group, coding, bias): foveal/kernels/cpu/block.py, `_layer`.
+// (values, scales, lows, outputs, inputs, group, coding, bias): foveal/kernels/cpu/blocks.py, `_layer_arguments`.
 using LayerArguments = std::tuple<Address, Address, Address, int64_t, int64_t, int, int, Address>;
 // (weight, hidden, epsilon, format)
 using NormArguments = std::tuple<Address, int64_t, float, int>;
@@ -38,6 +38,35 @@ Layer layer_at(const LayerArguments& arguments) {
 BlockNorm norm_at(const NormArguments& arguments) {
   const auto [weight, hidden, epsilon, format] = arguments;
   return {reading<void>(weight), hidden, epsilon, static_cast<Format>(format)};
+}
+
+// (queries, keys, weights, norm's weight and bias, epsilon, heads, size, pairs, interleaved, scale, topk)
+using IndexerArguments = std::tuple<LayerArguments, LayerArguments, LayerArguments, Address, Address, float, int, int64_t,
+                                    int64_t, bool, float, int64_t>;
+
+BlockIndexer indexer_at(const IndexerArguments& arguments) {
+  const auto& [queries, keys, weights, norm, bias, epsilon, heads, size, pairs, interleaved, scale, topk] = arguments;
+  return {layer_at(queries), layer_at(keys), layer_at(weights), reading<float>(norm), reading<float>(bias), epsilon, heads,
+          size, pairs, interleaved, scale, topk};
+}
+
+// (weight, bias, sigmoid, normalise, scale, groups, kept groups, top two, masked score)
+using RouterArguments = std::tuple<WeightArguments, Address, bool, bool, float, int, int, bool, float>;
+
+Router router_at(const RouterArguments& arguments) {
+  const auto& [weight, bias, sigmoid, normalise, scale, groups, kept, top_two, masked] = arguments;
+  return {weight_at(weight), reading<float>(bias), sigmoid, normalise, scale, groups, kept, top_two, masked};
+}
+
+// (first, its stride in bytes and format, second, its stride and format)
+using CachedArguments = std::tuple<Address, int64_t, int, Address, int64_t, int>;
+
+CachedStep cached_at(const CachedArguments& arguments, const std::pair<Address, Address>& turns, const int64_t* rows,
+                     const Sequences& sequences, Selection& selection) {
+  const auto [first, first_stride, first_format, second, second_stride, second_format] = arguments;
+  return {reading<float>(turns.first), reading<float>(turns.second), rows,
+          {writing<char>(first), first_stride, static_cast<Format>(first_format)},
+          {writing<char>(second), second_stride, static_cast<Format>(second_format)}, sequences, &selection};
 }
 
 void check_rows(const int64_t* rows, int64_t tokens, int64_t cache_rows) {
@@ -61,42 +90,77 @@ void bind_block_types(nb::module_& module) {
         new (self) GqaBlock{norm_at(norm), layer_at(qkv), layer_at(out), reading<void>(head_norms[0]),
                             reading<void>(head_norms[1]), heads[0], heads[1], heads[2], pairs, interleaved, scale, window};
       });
+  nb::class_<MlaBlock>(module, "MlaBlock")
+      .def("__init__", [](MlaBlock* self, NormArguments norm, std::array<LayerArguments, 4> q_a_q_kv_a_out,
+                          std::array<Address, 3> q_a_norm_kv_a_norm_up, float latent_epsilon, int heads,
+                          std::array<int64_t, 4> nope_rope_value_rank, bool turned, bool interleaved, float scale, bool sparse,
+                          IndexerArguments indexer) {
+        const auto& [q_a, q, kv_a, out] = q_a_q_kv_a_out;
+        const auto [q_a_norm, kv_a_norm, up] = q_a_norm_kv_a_norm_up;
+        const auto [nope, rope, value, rank] = nope_rope_value_rank;
+        new (self) MlaBlock{norm_at(norm), layer_at(q_a), reading<void>(q_a_norm), layer_at(q), layer_at(kv_a),
+                            reading<void>(kv_a_norm), reading<void>(up), layer_at(out), latent_epsilon, heads, nope, rope,
+                            value, rank, turned, interleaved, scale, sparse, indexer_at(indexer)};
+      });
   nb::class_<MlpBlock>(module, "MlpBlock")
       .def("__init__", [](MlpBlock* self, NormArguments norm, LayerArguments gate_up, LayerArguments down,
                           int activation) {
         new (self) MlpBlock{norm_at(norm), layer_at(gate_up), layer_at(down), static_cast<Activation>(activation)};
       });
+  nb::class_<MoeBlock>(module, "MoeBlock")
+      .def("__init__", [](MoeBlock* self, NormArguments norm, RouterArguments router, WeightArguments gate_up,
+                          WeightArguments down, int64_t experts, int64_t per_token,
+                          std::array<LayerArguments, 3> shared) {
+        const auto& [shared_gate_up, shared_down, shared_gate] = shared;
+        new (self) MoeBlock{norm_at(norm), router_at(router), weight_at(gate_up), weight_at(down), experts, per_token,
+                            layer_at(shared_gate_up), layer_at(shared_down), layer_at(shared_gate)};
+      });
 }
 
 void bind_block(nb::module_& module, Isa isa) {
   module.attr("GqaBlock") = nb::type<GqaBlock>();
+  module.attr("MlaBlock") = nb::type<MlaBlock>();
   module.attr("MlpBlock") = nb::type<MlpBlock>();
+  module.attr("MoeBlock") = nb::type<MoeBlock>();
   module.attr("Blocks") = nb::type<Blocks>();
-  // For each attention block its turns and its cache: keys and values, of cache_rows rows.
+  // For each attention block its turns (its own and its indexer's) and its cache, of cache_rows rows. selection: of earlier
+  // blocks, numbers a token, and room for as many as any indexer of these selects. Returns the numbers a token at the end.
   module.def(
       "run_blocks",
-      [gqa = FOVEAL_PICK(isa, gqa_block), mlp = FOVEAL_PICK(isa, mlp_block)](
-          const Blocks& blocks, Address x, Address out, int64_t tokens, const std::vector<Address>& turns, Address rows,
-          const std::vector<std::pair<Address, Address>>& caches, int64_t cache_rows,
-          std::tuple<int64_t, Address, Address, Address, int64_t> sequences_arguments, int threads) {
+      [gqa = FOVEAL_PICK(isa, gqa_block), mla = FOVEAL_PICK(isa, mla_block), mlp = FOVEAL_PICK(isa, mlp_block),
+       moe = FOVEAL_PICK(isa, moe_block)](
+          const Blocks& blocks, Address x, Address out, int64_t tokens,
+          const std::vector<std::pair<Address, Address>>& turns, Address rows, const std::vector<CachedArguments>& caches,
+          int64_t cache_rows, std::tuple<int64_t, Address, Address, Address, int64_t> sequences_arguments,
+          std::tuple<Address, int64_t, Address> selection_arguments, int threads) {
         const Sequences sequences = std::apply(sequences_at, sequences_arguments);
+        const int64_t* places = reading<int64_t>(rows);
+        const auto [selected, topk, room] = selection_arguments;
+        Selection selection{reading<int32_t>(selected), topk, writing<int32_t>(room)};
         if (!caches.empty()) {  // otherwise no block reads or writes any row
           check(sequences, cache_rows);
-          check_rows(reading<int64_t>(rows), tokens, cache_rows);
+          check_rows(places, tokens, cache_rows);
+          if (topk) check_selection(sequences, selection.places, topk);
         }
         size_t cached = 0;
+        auto cache = [&] {
+          const CachedStep step = cached_at(caches.at(cached), turns.at(cached), places, sequences, selection);
+          ++cached;
+          return step;
+        };
         for (const auto& block : blocks.all) {
           const BlockStep step{reading<void>(x), writing<void>(out), tokens, threads};
-          if (const GqaBlock* attention = std::get_if<GqaBlock>(&block)) {
-            const auto [keys, values] = caches.at(cached);
-            gqa(*attention, step, {reading<float>(turns.at(cached)), reading<int64_t>(rows), writing<void>(keys),
-                                   writing<void>(values), sequences});
-            ++cached;
-          } else {
+          if (const GqaBlock* grouped = std::get_if<GqaBlock>(&block))
+            gqa(*grouped, step, cache());
+          else if (const MlaBlock* latent = std::get_if<MlaBlock>(&block))
+            mla(*latent, step, cache());
+          else if (const MoeBlock* mixture = std::get_if<MoeBlock>(&block))
+            moe(*mixture, step);
+          else
             mlp(std::get<MlpBlock>(block), step);
-          }
           x = out;  // the others work in place
         }
+        return selection.topk;
       },
       GilReleased());
 }

@@ -1,51 +1,11 @@
-// Whole blocks: see block.h. The scratch of a few tokens (a projection or two, hidden states) stays in level-two cache
+// Grouped-query attention and the dense feed-forward as blocks: see block.h. The scratch of a few tokens (a projection or two, hidden states) stays in level-two cache
 // between the parts; what comes from memory is weights, read once, and the keys of the context.
-#include "kernels/block.h"
-
-#include <cstring>
-
-#include "common/parallel.h"
-#include "common/scratch.h"
-#include "common/simd.h"
+#include "kernels/block_parts.h"
 #include "kernels/flash.h"
-#include "kernels/norm.h"
 #include "kernels/rope.h"
 
 namespace foveal::FOVEAL_ISA {
 namespace {
-
-int64_t bytes_of(Format format) { return format == Format::f32 ? sizeof(float) : sizeof(bf16); }
-
-char* at(void* numbers, int64_t place, Format format) { return static_cast<char*>(numbers) + place * bytes_of(format); }
-const char* at(const void* numbers, int64_t place, Format format) {
-  return static_cast<const char*>(numbers) + place * bytes_of(format);
-}
-
-void apply(const Layer& layer, const void* x, void* out, const BlockNorm& norm, const BlockStep& step) {
-  linear({x, layer.weight.inputs, layer.weight, layer.bias, out, step.tokens, norm.format, step.threads});
-}
-
-void apply_norm(const BlockNorm& norm, const BlockStep& step, void* out) {
-  rms_norm({step.x, norm.hidden, nullptr, nullptr, norm.weight, out, step.tokens, norm.hidden, norm.epsilon, norm.format,
-            step.threads});
-}
-
-template <class Number>
-void add(const Number* x, const Number* y, Number* out, int64_t count) {
-  int64_t i = 0;
-  for (; i + F32::width <= count; i += F32::width) store(out + i, load(x + i) + load(y + i));
-  if (const int rest = static_cast<int>(count - i))
-    store_partial(out + i, load_partial(x + i, rest) + load_partial(y + i, rest), rest);
-}
-
-// The step's output: its input and what the operation made of it.
-void add_residual(const BlockNorm& norm, const BlockStep& step, const void* y) {
-  const int64_t count = step.tokens * norm.hidden;
-  if (norm.format == Format::f32)
-    add(static_cast<const float*>(step.x), static_cast<const float*>(y), static_cast<float*>(step.out), count);
-  else
-    add(static_cast<const bf16*>(step.x), static_cast<const bf16*>(y), static_cast<bf16*>(step.out), count);
-}
 
 // The heads of one token, in place.
 void norm_heads(const GqaBlock& block, void* heads, const void* weight, int count) {
@@ -68,24 +28,24 @@ void place_heads(const GqaBlock& block, const BlockStep& step, const float* turn
 }
 
 // Copies the keys and values of a fused projection to their rows of the cache.
-void keep(const GqaBlock& block, const BlockStep& step, const CacheStep& cache, const void* qkv) {
+void keep(const GqaBlock& block, const BlockStep& step, const CachedStep& cache, const void* qkv) {
   const Format format = block.norm.format;
   const int64_t width = block.qkv.weight.outputs, row = static_cast<int64_t>(block.groups) * block.head_dim;
   const int64_t queries = static_cast<int64_t>(block.heads) * block.head_dim, bytes = row * bytes_of(format);
   for (int64_t t = 0; t < step.tokens; ++t) {
     const void* keys = at(qkv, t * width + queries, format);
-    std::memcpy(at(cache.keys, cache.rows[t] * row, format), keys, bytes);
-    std::memcpy(at(cache.values, cache.rows[t] * row, format), at(keys, row, format), bytes);
+    std::memcpy(at(cache.first.data, cache.rows[t] * row, format), keys, bytes);
+    std::memcpy(at(cache.second.data, cache.rows[t] * row, format), at(keys, row, format), bytes);
   }
 }
 
-void attend(const GqaBlock& block, const BlockStep& step, const CacheStep& cache, const void* qkv, void* out) {
+void attend(const GqaBlock& block, const BlockStep& step, const CachedStep& cache, const void* qkv, void* out) {
   const int64_t dim = block.head_dim, row = block.groups * dim;
   Flash flash{};
   flash.q = qkv;
   flash.q_row = block.qkv.weight.outputs;
-  flash.k = cache.keys;
-  flash.v = cache.values;
+  flash.k = cache.first.data;
+  flash.v = cache.second.data;
   flash.k_row = flash.v_row = row;
   flash.q_head = flash.k_head = flash.v_head = dim;
   flash.out = out;
@@ -103,7 +63,7 @@ void attend(const GqaBlock& block, const BlockStep& step, const CacheStep& cache
 
 }  // namespace
 
-void gqa_block(const GqaBlock& block, const BlockStep& step, const CacheStep& cache) {
+void gqa_block(const GqaBlock& block, const BlockStep& step, const CachedStep& cache) {
   const BlockNorm& norm = block.norm;
   const int64_t width = block.qkv.weight.outputs, attended = static_cast<int64_t>(block.heads) * block.head_dim;
   const int64_t bytes = bytes_of(norm.format) * step.tokens;

@@ -1,7 +1,7 @@
 // A whole residual block of a decoder, x + operation(norm(x)), for a step of few tokens.
 //
 // Nothing is computed here: each block is the kernels of its parts, one after another, with their results in one scratch
-// memory instead of tensors. It rounds where foveal/nn/gqa.py and foveal/nn/mlp.py round, so both give the same numbers.
+// memory instead of tensors. It rounds where the modules in foveal/nn round.
 #pragma once
 
 #include "common/sequences.h"
@@ -44,6 +44,65 @@ struct MlpBlock {
   Activation activation;
 };
 
+// A layer that may not be there has no values.
+inline bool is_there(const Layer& layer) { return layer.weight.values; }
+
+// The lightning indexer beside latent attention.
+struct BlockIndexer {
+  Layer queries;            // from the query latent
+  Layer keys;               // from the hidden state
+  Layer weights;            // of heads, from the hidden state; f32 whatever the format
+  const float* key_weight;  // of the keys' layer norm: [size]
+  const float* key_bias;
+  float epsilon;
+  int heads;
+  int64_t size;
+  int64_t pairs;            // of the rope, which turns the first dimensions
+  bool interleaved;
+  float scale;              // of the heads' weights
+  int64_t topk;             // 0: there is no indexer
+};
+
+// Multi-head latent attention, in the absorbed form.
+struct MlaBlock {
+  BlockNorm norm;
+  Layer q_a;                // to the query latent, where there is one
+  const void* q_a_norm;     // [query latent]
+  Layer q;                  // [heads (nope + rope)] from the query latent, or the hidden state
+  Layer kv_a;               // [rank + rope] from the hidden state
+  const void* kv_a_norm;    // [rank]
+  const void* up;           // [heads, nope + value, rank]
+  Layer out;
+  float latent_epsilon;
+  int heads;
+  int64_t nope, rope, value, rank;
+  bool turned, interleaved; // whether rope turns queries and keys, and how
+  float scale;
+  bool sparse;              // attends to a selection, its own indexer's or an earlier block's
+  BlockIndexer indexer;
+};
+
+// How tokens choose experts: foveal/nn/moe.py, Router.
+struct Router {
+  Weight weight;            // [experts, hidden]
+  const float* bias;        // [experts] or null: counts for choosing only
+  bool sigmoid;             // scores; otherwise softmax
+  bool normalise;
+  float scale;
+  int groups, groups_kept;
+  bool top_two;             // a group's score: the sum of its two best, otherwise its best
+  float masked;             // the score of experts outside the kept groups
+};
+
+// Routed experts, and one for all tokens where there is one.
+struct MoeBlock {
+  BlockNorm norm;
+  Router router;
+  Weight gate_up, down;     // of expert 0; the others follow
+  int64_t experts, per_token;
+  Layer shared_gate_up, shared_down, shared_gate;
+};
+
 // The tokens of a step and where their keys are.
 struct BlockStep {
   const void* x;       // [tokens, hidden]
@@ -52,18 +111,35 @@ struct BlockStep {
   int threads;
 };
 
-struct CacheStep {
-  const float* turns;      // [tokens, pairs] complex numbers
-  const int64_t* rows;     // [tokens]: cache rows of the tokens' own keys
-  void* keys;              // [rows of the cache, groups, head_dim]
-  void* values;
+// Rows of a cache: keys or values of grouped-query attention without gaps, latents, index keys (eight-bit ones in pages).
+struct CachedRows {
+  char* data;
+  int64_t stride;          // bytes from a row, or a page, to the next
+  Format format;
+};
+
+// What a step's queries attend to: of the latest indexer.
+struct Selection {
+  const int32_t* places;   // [tokens, topk]
+  int64_t topk;            // 0: everything
+  int32_t* room;           // for those of the blocks' own indexers
+};
+
+struct CachedStep {
+  const float* turns;        // [tokens, pairs] complex numbers
+  const float* index_turns;
+  const int64_t* rows;       // [tokens]: cache rows of the tokens' own keys
+  CachedRows first, second;  // keys and values; latents and index keys
   Sequences sequences;
+  Selection* selection;      // read and written by blocks that select
 };
 
 #define FOVEAL_DECLARE(isa)                                                 \
   namespace isa {                                                           \
-  void gqa_block(const GqaBlock&, const BlockStep&, const CacheStep&);      \
+  void gqa_block(const GqaBlock&, const BlockStep&, const CachedStep&);     \
+  void mla_block(const MlaBlock&, const BlockStep&, const CachedStep&);     \
   void mlp_block(const MlpBlock&, const BlockStep&);                        \
+  void moe_block(const MoeBlock&, const BlockStep&);                        \
   }
 FOVEAL_FOR_EACH_ISA(FOVEAL_DECLARE)
 #undef FOVEAL_DECLARE

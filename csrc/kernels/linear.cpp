@@ -13,10 +13,11 @@ constexpr int64_t ITEM_BYTES = 64 << 10;  // of weights: less is not worth anoth
 constexpr int64_t ITEM_ROWS = 256;        // of activations, and
 constexpr int64_t ITEM_OUTPUTS = 128;     // of their products: as many as L2 holds beside what they are made of
 
-template <class Number>
+template <class Number, class Out>
 void finish(const Linear& call, const float* c, int64_t c_stride, int64_t row, int64_t rows, int64_t first, int64_t count) {
+  const int64_t stride = call.out_stride ? call.out_stride : call.weight.outputs;
   for (int64_t m = 0; m < rows; ++m) {
-    Number* out = static_cast<Number*>(call.out) + (row + m) * call.weight.outputs + first;
+    Out* out = static_cast<Out*>(call.out) + (row + m) * stride + first;
     const Number* bias = call.bias ? static_cast<const Number*>(call.bias) + first : nullptr;
     for (int64_t o = 0; o < count; o += F32::width) {
       const int n = static_cast<int>(count - o < F32::width ? count - o : F32::width);
@@ -36,7 +37,7 @@ int64_t item_outputs(const Linear& call) {
   return round_up(least > share ? least : share, 32);
 }
 
-template <class Number>
+template <class Number, class Out>
 void run(const Linear& call) {
   const Weight& weight = call.weight;
   Activations a = layout(weight);
@@ -57,7 +58,7 @@ void run(const Linear& call) {
     const int64_t count_here = weight.outputs - first < count ? weight.outputs - first : count;
     float* c = memory + thread * each;
     product(weight, a, row, rows_here, first, count_here, c, count, c + rows * count + 16);
-    finish<Number>(call, c, count, row, rows_here, first, count_here);
+    finish<Number, Out>(call, c, count, row, rows_here, first, count_here);
   };
   parallel(call.threads, static_cast<int>(parts * blocks), multiply);
 }
@@ -66,7 +67,8 @@ void run(const Linear& call) {
 
 void linear(const Linear& call) {
   if (call.rows == 0 || call.weight.outputs == 0) return;
-  call.format == Format::f32 ? run<float>(call) : run<bf16>(call);
+  if (call.format == Format::f32) return run<float, float>(call);
+  call.wide ? run<bf16, float>(call) : run<bf16, bf16>(call);
 }
 
 }  // namespace foveal::FOVEAL_ISA

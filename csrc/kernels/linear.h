@@ -30,6 +30,8 @@ struct Linear {
   int64_t rows;
   Format format;       // f32 or bf16
   int threads;
+  int64_t out_stride = 0;  // numbers from one row of out to the next; 0: outputs
+  bool wide = false;       // out is float32, whatever the format
 };
 
 #define FOVEAL_DECLARE(isa) \

@@ -11,8 +11,18 @@ from compiled import ISAS, each_isa
 from foveal.cache.store import CacheStore, plan_cache
 from foveal.config import ModelConfig
 from foveal.config.formats import PAGE_SIZE
-from foveal.config.model import BlockConfig, GQAConfig, MLPConfig, RopeConfig
-from foveal.kernels.cpu.block import block_run
+from foveal.config.model import (
+    BlockConfig,
+    GQAConfig,
+    IndexerConfig,
+    LayerConfig,
+    MLAConfig,
+    MLPConfig,
+    MoEConfig,
+    RopeConfig,
+    RouterConfig,
+)
+from foveal.kernels.cpu.block_run import block_run
 from foveal.models.decoder import Decoder, Options
 from foveal.nn import fused
 from foveal.nn.batch import Batch
@@ -30,6 +40,28 @@ ATTENTION = {
 }
 # New tokens of each sequence in each step; the first is a prefill, and one sequence joins later.
 STEPS = [[70, 3, 64], [1, 1, 1], [1, 20, 3], [1, 1, 1, 5], [1], [1, 1, 1, 1]]
+LATENT = MLAConfig(
+    5, 24, 16, nope_dim=12, rope_dim=8, value_dim=10, scale=0.2, rope=RopeConfig(8, 1e4, interleaved=True)
+)
+INDEXER = IndexerConfig(heads=16, head_dim=32, topk=12, query_dim=24, rope=RopeConfig(8, 1e4))
+# Groups, a correction bias, a shared expert; and softmax, groups masked with 0, a shared expert with a gate and biases.
+SIGMOID = RouterConfig(
+    "sigmoid", normalise=True, scale=2.5, correction_bias=True, groups=4, groups_kept=2, group_score="top2"
+)
+SOFTMAX = RouterConfig("softmax", normalise=False, groups=2, groups_kept=1, masked_score=0.0)
+MIXTURES = (
+    MoEConfig(16, 3, 20, SIGMOID, shared_hidden=28),
+    MoEConfig(6, 2, 20, SOFTMAX, shared_hidden=24, shared_gate=True, bias=True),
+)
+SPARSE = {
+    "sparse": (LATENT, INDEXER),
+    "without a query latent, biases": (
+        replace(LATENT, q_lora_rank=None, bias=True),
+        replace(INDEXER, query_dim=HIDDEN, rope=RopeConfig(8, 1e4, interleaved=True)),
+    ),
+    "no rope, rank of many registers": (replace(LATENT, rope=None, kv_lora_rank=150, nope_dim=33), INDEXER),
+    "dense": (LATENT, None),
+}
 needs_kernels = pytest.mark.skipif(not ISAS, reason="no compiled kernels")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3e-2}
 
@@ -40,9 +72,9 @@ def make_config(attention: GQAConfig, other: GQAConfig, *, tied: bool, activatio
     return ModelConfig("test", VOCAB, HIDDEN, layers, norm_eps=1e-5, max_positions=512, tied_embeddings=tied)
 
 
-def make_decoders(config: ModelConfig, dtype: torch.dtype) -> tuple[Decoder, Decoder]:
+def make_decoders(config: ModelConfig, dtype: torch.dtype, index: str = "auto") -> tuple[Decoder, Decoder]:
     """A random model in `dtype`, and the same weights in float64."""
-    decoder, exact = Decoder(config, Options(dtype)), Decoder(config, Options(torch.float64))
+    decoder, exact = Decoder(config, Options(dtype, index)), Decoder(config, Options(torch.float64))
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
             noise = torch.randn_like(parameter)
@@ -51,13 +83,13 @@ def make_decoders(config: ModelConfig, dtype: torch.dtype) -> tuple[Decoder, Dec
     return decoder, exact
 
 
-def make_cache(config: ModelConfig, dtype: torch.dtype) -> CacheStore:
+def make_cache(config: ModelConfig, dtype: torch.dtype, kv: str = "auto", index: str = "auto") -> CacheStore:
     """A cache whose rows are NaN until they are written."""
-    store = CacheStore(plan_cache(config, dtype), pages=20, slots=0)
+    store = CacheStore(plan_cache(config, dtype, kv, index), pages=20, slots=0)
     for layer in store.layers:
         for block in layer:
             for layout in block.paged if block else ():
-                layout.pages.fill_(torch.nan)
+                layout.pages.fill_(0xFF if layout.pages.dtype == torch.uint8 else torch.nan)
     return store
 
 
@@ -96,6 +128,77 @@ def test_steps(isa: str, dtype: torch.dtype, attention: str, monkeypatch: pytest
             expected = exact.step(batch, caches[1]).logits_LV.double()
             assert (result - expected).norm() / expected.norm() < TOLERANCE[dtype]
     assert len(ran) == sum(sum(counts) <= FUSED_TOKENS for counts in STEPS) > 0
+
+
+def make_sparse(kind: str) -> ModelConfig:
+    """Latent attention, the second layer with the first one's selection, and mixtures of experts."""
+    mixer, indexer = SPARSE[kind]
+    layers: list[LayerConfig] = [
+        (BlockConfig(mixer, indexer), BlockConfig(MLPConfig(56))),
+        (BlockConfig(mixer, shared_selection=indexer is not None), BlockConfig(MIXTURES[0])),
+        (BlockConfig(mixer, indexer), BlockConfig(MIXTURES[1])),
+    ]
+    return ModelConfig("test", VOCAB, HIDDEN, tuple(layers), norm_eps=1e-5, max_positions=512)
+
+
+@each_isa
+@pytest.mark.parametrize("kind", SPARSE)
+def test_latent_steps(isa: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A latent, index key or expert of another; a selection that is not handed on; a group, bias, scale or gate left
+    out."""
+    monkeypatch.setattr(fused, "block_run", partial(block_run, isa=isa))
+    config = make_sparse(kind)
+    decoder, exact = make_decoders(config, torch.float32)
+    decoder.pack()
+    assert [type(part) for part in decoder._parts] == [FusedRun]
+    caches = make_cache(config, torch.float32), make_cache(config, torch.float64)
+    with torch.inference_mode():
+        for batch in make_batches():
+            result = decoder.step(batch, caches[0]).logits_LV.double()
+            expected = exact.step(batch, caches[1]).logits_LV.double()
+            assert (result - expected).norm() / expected.norm() < 5e-6
+
+
+@each_isa
+@pytest.mark.parametrize("kv", ["auto", "fp8", "bf16"])
+@pytest.mark.parametrize("index", ["fp8", "int8", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_latent_caches(isa: str, dtype: torch.dtype, kv: str, index: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of every form that caches take, written or read as another; one that the kernels do not read (bfloat16
+    latents of a float32 model) taken for one of theirs.
+
+    A last bit may round another way and select another token now and then; most rows agree.
+    """
+    monkeypatch.setattr(fused, "block_run", partial(block_run, isa=isa))
+    config = make_sparse("sparse")
+    decoder, _ = make_decoders(config, dtype, index)
+    decoder.quantise("int8")
+    decoder.pack()
+    assert [type(part) for part in decoder._parts] == [FusedRun]
+    caches = make_cache(config, dtype, kv, index), make_cache(config, dtype, kv, index)
+    errors = []
+    with torch.inference_mode():
+        for batch in make_batches():
+            result = decoder.step(batch, caches[0]).logits_LV
+            with monkeypatch.context() as plain:
+                plain.setattr(decoder, "_parts", [])
+                expected = decoder.step(batch, caches[1]).logits_LV
+            if len(result) <= FUSED_TOKENS:
+                errors.append((result - expected).norm(dim=1) / expected.norm(dim=1))
+    assert torch.cat(errors).median() < (1e-3 if dtype == torch.float32 else 2e-2)
+
+
+@needs_kernels
+def test_who_looks_inside_sees_the_plain_form() -> None:
+    """Selections and experts that are asked for and not there."""
+    config = make_sparse("sparse")
+    decoder, _ = make_decoders(config, torch.float32)
+    decoder.pack()
+    cache = make_cache(config, torch.float32)
+    with torch.inference_mode():
+        for batch in make_batches():
+            collected = decoder.step(replace(batch, collect=frozenset({"selection", "experts"})), cache).collected
+            assert len(collected["selection"]) == 3 and len(collected["experts"]) == 2
 
 
 @needs_kernels

@@ -14,7 +14,7 @@ from foveal.cache.store import CacheStore, plan_cache
 from foveal.models import Decoder
 from foveal.nn import mla
 from foveal.nn.batch import Batch
-from foveal.nn.mla import MLA
+from foveal.nn.mla import FORMS, MLA
 
 LENGTHS = [90, 5, 40, 14]  # with index_topk 12: sparse, dense, sparse, and on the edge
 
@@ -70,16 +70,19 @@ def test_steps_equal_the_whole(folder: Path, form: str, index_dtype: str) -> Non
 
 
 @torch.no_grad()
-def test_fp8_latents(tmp_path: Path) -> None:
-    """fp8 latents changing more than rounding would: logits stay close, and are not those of exact latents."""
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("stored", "most"), [("fp8", 0.3), ("bf16", 0.03)])
+def test_rounded_latents(stored: str, most: float, form: str, tmp_path: Path) -> None:
+    """Latents of fewer bits changing more than rounding would: logits stay close, and do change."""
     # Without experts and selections, which a rounding error could tip over.
     make_oracle("deepseek_v3", tmp_path, first_k_dense_replace=3)
     model = load_model(tmp_path, dtype="float32")
     ids = torch.randint(3, VOCAB, (50,))
     exact = by_steps(model, [ids], [30])[0]
-    rounded = by_steps(model, [ids], [30], kv_cache_dtype="fp8")[0]
+    force(model, form)
+    rounded = by_steps(model, [ids], [30], kv_cache_dtype=stored)[0]
     error = (exact - rounded).norm() / exact.norm()
-    assert 1e-5 < error < 0.3
+    assert 1e-5 < error < most
 
 
 @torch.no_grad()

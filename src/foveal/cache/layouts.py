@@ -10,7 +10,7 @@ from torch import Tensor
 from foveal.config.formats import PAGE_SIZE, index_key_bytes, latent_bytes
 from foveal.kernels import Rows
 from foveal.kernels.keys import Records, take_rows
-from foveal.kernels.records import IndexKeyRecords, LatentRecords
+from foveal.kernels.records import IndexKeyRecords, LatentRecords, RoundedRows
 
 
 class PagedLayout(Protocol):
@@ -29,12 +29,20 @@ class PagedLayout(Protocol):
 
 
 class PlainLayout:
-    """Values as they are, [B, 64, ...]: keys and values by head, unquantised latents and index keys."""
+    """Values as they are, [B, 64, ...]: keys and values by head, unquantised latents and index keys. read_as: the dtype
+    they are computed with, where it is another."""
 
-    def __init__(self, pages: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        pages: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        read_as: torch.dtype | None = None,
+    ) -> None:
         self.pages = _allocate((pages, PAGE_SIZE, *shape), dtype, device)
         self._rows = self.pages.flatten(0, 1)
-        self.records: Records = Rows(self._rows)
+        self.records: Records = Rows(self._rows) if read_as in (None, dtype) else RoundedRows(self._rows, read_as)
 
     def write(self, rows_T: Tensor, values_TX: Tensor) -> None:
         """See `PagedLayout.write`."""

@@ -129,7 +129,8 @@ class CacheStore:
     def _latent(self, mixer: MLAConfig) -> PagedLayout:
         dtype = self.plan.latent_dtype
         if isinstance(dtype, torch.dtype):
-            return self._plain((mixer.kv_lora_rank + mixer.rope_dim,), dtype)
+            row = (mixer.kv_lora_rank + mixer.rope_dim,)
+            return PlainLayout(self.page_count, row, dtype, self._device, read_as=self.plan.dtype)
         return LatentLayout(self.page_count, mixer.kv_lora_rank, mixer.rope_dim, self.plan.dtype, self._device)
 
     def _index(self, indexer: IndexerConfig) -> PagedLayout:

@@ -67,6 +67,19 @@ class LatentRecords:
 
 
 @dataclass(frozen=True)
+class RoundedRows:
+    """Plain rows of numbers, [rows, ...], of another dtype than they are computed with."""
+
+    values: Tensor
+    dtype: torch.dtype
+    """What `read` returns."""
+
+    def read(self, rows: Tensor | slice) -> Tensor:
+        """See `Records.read`."""
+        return take_rows(self.values, rows).to(self.dtype)
+
+
+@dataclass(frozen=True)
 class IndexKeyRecords:
     """Index keys of eight bits with one float32 scale a key, page by page: 64 J bytes of values, then 64 scales
     (DeepGEMM's and vLLM's page layout). uint8 [B, 64 (J + 4)]. Keys are Hadamard-turned before they are quantised."""

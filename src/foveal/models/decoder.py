@@ -25,7 +25,7 @@ from foveal.config.model import (
     S4DConfig,
 )
 from foveal.kernels import QuantisedWeight, linear, pack_weight, quantise_weight, settle
-from foveal.kernels.cpu.block import AnyBlock
+from foveal.kernels.cpu.blocks import AnyBlock
 from foveal.nn.batch import Batch
 from foveal.nn.fused import Part, fuse
 from foveal.nn.gated_delta import GatedDelta
@@ -201,10 +201,16 @@ class Block(nn.Module):
 
     def fused(self) -> AnyBlock | None:
         """This block as the kernels take it, weights as they are now; None where they cannot run it as one call."""
-        if self.sparse or not isinstance(self.operation, GQA | MLP):
-            return None
-        block = self.operation.fused(self.norm)
-        return block if block.fusable else None
+        block = self._as_block()
+        return block if block and block.fusable else None
+
+    def _as_block(self) -> AnyBlock | None:
+        operation, norm, indexer = self.operation, self.norm, self.indexer
+        if isinstance(operation, MLA) and not isinstance(indexer, Selector):
+            return operation.fused(norm, sparse=self.sparse, indexer=indexer.fused() if indexer else None)
+        if isinstance(operation, MLP | MoE) or (isinstance(operation, GQA) and not self.sparse):
+            return operation.fused(norm)
+        return None
 
     def forward(self, x_TD: Tensor, step: Step, cache: BlockCache | None) -> Tensor:
         """[T, D] -> [T, D]."""

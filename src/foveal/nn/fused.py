@@ -12,8 +12,8 @@ from torch import Tensor
 
 from foveal.cache.layouts import BlockCache
 from foveal.cache.store import CacheStore
-from foveal.kernels import Rows
-from foveal.kernels.cpu.block import AnyBlock, BlockRun, GQABlock, KeyPlaces, Layer, Norm, block_run
+from foveal.kernels.cpu.block_run import BlockRun, KeyPlaces, block_run
+from foveal.kernels.cpu.blocks import AnyBlock, CacheParts, GQABlock, Layer, MLABlock, Norm
 from foveal.nn.linear import Linear
 from foveal.nn.norm import RMSNorm
 from foveal.nn.step import Step
@@ -41,26 +41,32 @@ class PlainPart:
 
 
 class FusedRun:
-    """x + operation(norm(x)) for several blocks, in steps for which `Step.fusable` holds."""
+    """x + operation(norm(x)) for several blocks, in steps for which `Step.fusable` holds; `plain` for caches that the
+    kernels do not read."""
 
-    def __init__(self, run: BlockRun, blocks: Sequence[tuple[Place, AnyBlock]]) -> None:
-        attention = [(place, block) for place, block in blocks if isinstance(block, GQABlock)]
-        self._run = run
+    def __init__(self, run: BlockRun, blocks: Sequence[tuple[Place, AnyBlock]], plain: Sequence[PlainPart]) -> None:
+        attention = [(place, block) for place, block in blocks if isinstance(block, GQABlock | MLABlock)]
+        self._run, self._plain = run, plain
         self._places = [place for place, _ in attention]
-        ropes = [block.config.rope for _, block in attention]
-        self._ropes = list(dict.fromkeys(rope for rope in ropes if rope))
-        self._rope_of = [self._ropes.index(rope) if rope else None for rope in ropes]
-        self._known: WeakKeyDictionary[CacheStore, KeyPlaces] = WeakKeyDictionary()
+        self._ropes = [block.ropes for _, block in attention]
+        self._known: WeakKeyDictionary[CacheStore, KeyPlaces | None] = WeakKeyDictionary()
 
     def __call__(self, x_TD: Tensor, step: Step, cache: CacheStore) -> Tensor:
         """[T, D] -> [T, D]."""
         assert step.rows_T is not None
-        places = self._known.get(cache)
+        if cache not in self._known:
+            self._known[cache] = self._run.places([_parts(cache, place) for place in self._places])
+        places = self._known[cache]
         if places is None:
-            places = self._known[cache] = self._run.places([_keys_and_values(cache, place) for place in self._places])
-        turns = [step.turns(rope) for rope in self._ropes]
-        of_blocks = [None if index is None else turns[index] for index in self._rope_of]
-        return self._run(x_TD, of_blocks, places, step.rows_T, step.queries, step.contexts)
+            for part in self._plain:
+                x_TD = part(x_TD, step, cache)
+            return x_TD
+        known = {rope: step.turns(rope) for ropes in set(self._ropes) for rope in ropes if rope}
+        turns = [(known[own] if own else None, known[index] if index else None) for own, index in self._ropes]
+        x_TD, step.selection_TK = self._run(
+            x_TD, turns, places, step.rows_T, step.queries, step.contexts, step.selection_TK
+        )
+        return x_TD
 
 
 def fuse(layers: Sequence[Sequence[tuple[Plain, AnyBlock | None]]]) -> list[Part]:
@@ -73,10 +79,11 @@ def fuse(layers: Sequence[Sequence[tuple[Plain, AnyBlock | None]]]) -> list[Part
     for fusable, group in groupby(placed, lambda one: one[2] is not None):
         members = list(group)
         run = block_run([block for _, _, block in members if block]) if fusable else None
+        plain = [PlainPart(place, alone) for place, alone, _ in members]
         if run:
-            parts.append(FusedRun(run, [(place, block) for place, _, block in members if block]))
+            parts.append(FusedRun(run, [(place, block) for place, _, block in members if block], plain))
         else:
-            parts += [PlainPart(place, plain) for place, plain, _ in members]
+            parts += plain
     return parts if any(isinstance(part, FusedRun) for part in parts) else []
 
 
@@ -90,9 +97,10 @@ def layer_of(linear: Linear) -> Layer:
     return Layer(linear.weight if linear.quantised is None else linear.quantised, linear.bias)
 
 
-def _keys_and_values(cache: CacheStore, place: Place) -> tuple[Tensor, Tensor]:
+def _parts(cache: CacheStore, place: Place) -> CacheParts:
     block = cache.layers[place[0]][place[1]]
-    assert block and block.keys and block.values
-    keys, values = block.keys.records, block.values.records
-    assert isinstance(keys, Rows) and isinstance(values, Rows)
-    return keys.values, values.values
+    assert block
+    if block.latent:
+        return block.latent.records, block.index.records if block.index else None
+    assert block.keys and block.values
+    return block.keys.records, block.values.records

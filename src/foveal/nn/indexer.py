@@ -7,7 +7,9 @@ from foveal.cache.layouts import BlockCache
 from foveal.config.formats import index_key_bytes
 from foveal.config.model import IndexerConfig
 from foveal.kernels import KeySource, apply_rope, quantise_index, select
+from foveal.kernels.cpu.blocks import IndexerPart
 from foveal.kernels.records import IndexKeyRecords
+from foveal.nn.fused import layer_of
 from foveal.nn.linear import ExactLinear, Linear
 from foveal.nn.mixer import gather_queries
 from foveal.nn.norm import LayerNorm
@@ -87,6 +89,13 @@ class Indexer(nn.Module):
         with torch.no_grad():
             values, scale_TI = quantise_index(q_TIJ, self.stored)
         return values, weights_TI * scale_TI
+
+    def fused(self) -> IndexerPart:
+        """This, beside latent attention, for the kernels."""
+        layers = layer_of(self.wq_b), layer_of(self.wk), layer_of(self.weights_proj)
+        norm = self.k_norm.weight, self.k_norm.bias
+        assert self.k_norm.eps == self.config.norm_eps
+        return IndexerPart(self.config, *layers, norm, self.stored)
 
     def _everything(self, step: Step) -> Tensor:
         """The selection of queries that see no more than topk tokens: all of them."""

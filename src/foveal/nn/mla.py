@@ -20,6 +20,8 @@ from foveal.kernels import (
     linear,
     sparse_attention,
 )
+from foveal.kernels.cpu.blocks import IndexerPart, MLABlock
+from foveal.nn.fused import layer_of, norm_of
 from foveal.nn.linear import ExactLinear, Linear
 from foveal.nn.mixer import Mixer, by_form
 from foveal.nn.norm import RMSNorm
@@ -83,6 +85,26 @@ class MLA(Mixer):
                 step.gaze = Gaze(self._absorbed(q_nope_THP, q_pe_THR), one_head(latents), config.scale)
         out_THV = self._attend(q_nope_THP, q_pe_THR, latents, step, selection_TK)
         return self.o_proj(out_THV.flatten(1))
+
+    def fused(self, norm: RMSNorm, *, sparse: bool, indexer: IndexerPart | None) -> MLABlock | None:
+        """The block of `norm`, this and a sum, for the kernels; None where the expanded form is forced.
+
+        They know the absorbed form alone: in steps of few tokens no other is cheaper, but for contexts of hardly more.
+        """
+        if self.form == "expanded":
+            return None
+        latent = self.config.q_lora_rank is not None
+        return MLABlock(
+            self.config,
+            norm_of(norm),
+            (layer_of(self.q_a_proj), norm_of(self.q_a_layernorm)) if latent else None,
+            layer_of(self.q_b_proj if latent else self.q_proj),
+            (layer_of(self.kv_a_proj_with_mqa), norm_of(self.kv_a_layernorm)),
+            self.kv_b_proj.weight,
+            layer_of(self.o_proj),
+            sparse,
+            indexer,
+        )
 
     def _attend(
         self, q_nope_THP: Tensor, q_pe_THR: Tensor, latents: KeySource, step: Step, selection_TK: Tensor | None

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from foveal.kernels import gated
-from foveal.kernels.cpu.block import MLPBlock
+from foveal.kernels.cpu.blocks import MLPBlock
 from foveal.nn.fused import layer_of, norm_of
 from foveal.nn.linear import FusedLinear, Linear
 from foveal.nn.norm import RMSNorm

@@ -10,8 +10,11 @@ from torch.nn import functional
 from foveal.config.model import MoEConfig, RouterConfig
 from foveal.kernels import QuantisedWeight, experts, pack_weight, quantise_weight
 from foveal.kernels.activation import ACTIVATIONS
+from foveal.kernels.cpu.blocks import Layer, MoEBlock
+from foveal.nn.fused import layer_of, norm_of
 from foveal.nn.linear import ExactLinear
 from foveal.nn.mlp import MLP
+from foveal.nn.norm import RMSNorm
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,11 @@ class Experts(nn.Module):
         del self.gate_up_proj, self.down_proj
 
     @property
+    def stacked(self) -> tuple[Tensor, Tensor] | tuple[QuantisedWeight, QuantisedWeight] | None:
+        """Gate and up of all experts, and down; None once they are packed one by one."""
+        return self.quantised or (None if self._packed else (self.gate_up_proj, self.down_proj))
+
+    @property
     def rounded(self) -> tuple[QuantisedWeight, ...]:
         """The weights that `quantise` left."""
         return self.quantised or ()
@@ -119,7 +127,7 @@ class MoE(nn.Module):
         )
         if config.shared_gate:
             self.shared_expert_gate = ExactLinear(hidden_size, 1, dtype=dtype)
-        self.gated = config.shared_gate
+        self.config, self.gated = config, config.shared_gate
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Routing]:
         """[T, D] -> [T, D], and which experts were chosen."""
@@ -131,3 +139,20 @@ class MoE(nn.Module):
                 shared_TD = shared_TD * self.shared_expert_gate(x_TD).sigmoid()
             out_TD = out_TD + shared_TD
         return out_TD, routing
+
+    def fused(self, norm: RMSNorm) -> MoEBlock | None:
+        """The block of `norm`, this and a sum, for the kernels; None where they cannot read the experts' weights."""
+        if self.experts.stacked is None or self.experts.compute is not experts:
+            return None
+        gate_up, down = self.experts.stacked
+        shared = self.shared_experts
+        return MoEBlock(
+            self.config,
+            norm_of(norm),
+            Layer(self.gate.weight),
+            self.gate.e_score_correction_bias if self.config.router.correction_bias else None,
+            gate_up,
+            down,
+            (layer_of(shared.gate_up_proj), layer_of(shared.down_proj)) if shared is not None else None,
+            layer_of(self.shared_expert_gate) if self.gated else None,
+        )

@@ -64,8 +64,10 @@ class Step:
 
     @cached_property
     def fusable(self) -> bool:
-        """Whether blocks may run as one call: few tokens, a cache, no gradients."""
-        return self.rows_T is not None and len(self.rows_T) <= FUSED_TOKENS and not torch.is_grad_enabled()
+        """Whether blocks may run as one call: few tokens, a cache, no gradients, nobody who wants to see inside."""
+        if self.rows_T is None or len(self.rows_T) > FUSED_TOKENS or torch.is_grad_enabled():
+            return False
+        return self.watch is None and not self.batch.collect and not self.batch.dense
 
     def collect(self, name: str, value: Any) -> None:
         """Keep something that the batch's caller asked for."""

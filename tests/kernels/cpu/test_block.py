@@ -10,7 +10,9 @@ from torch import Tensor
 
 from foveal.config.model import GQAConfig, RopeConfig
 from foveal.kernels import Contexts, Queries
-from foveal.kernels.cpu.block import BlockRun, GQABlock, Layer, MLPBlock, Norm, block_run
+from foveal.kernels.cpu.block_run import BlockRun, block_run
+from foveal.kernels.cpu.blocks import GQABlock, Layer, MLPBlock, Norm
+from foveal.kernels.keys import Rows
 
 CONFIG = GQAConfig(heads=2, kv_heads=1, head_dim=4, scale=0.5, rope=RopeConfig(dim=4, theta=1e4))
 NORM = Norm(torch.ones(8), 1e-5)
@@ -25,9 +27,9 @@ def run_of(isa: str) -> BlockRun:
 
 def arguments(run: BlockRun, rows: int = 128) -> list[Any]:
     """One token at position 69 of a sequence on pages 1 and 0 of two."""
-    cache = torch.randn(rows, 1, 4), torch.randn(rows, 1, 4)
+    cache = Rows(torch.randn(rows, 1, 4)), Rows(torch.randn(rows, 1, 4))
     contexts = Contexts((70,), (-1,), torch.tensor([[1, 0]]))
-    turns = [torch.ones(1, 2, dtype=torch.complex64)]
+    turns = [(torch.ones(1, 2, dtype=torch.complex64), None)]
     return [torch.randn(1, 8), turns, run.places([cache]), torch.tensor([5]), Queries((0, 1), (69,)), contexts]
 
 
@@ -38,8 +40,8 @@ def arguments(run: BlockRun, rows: int = 128) -> list[Any]:
         (0, torch.randn(1, 7), "the blocks take"),
         (0, torch.randn(1, 8, dtype=torch.float64), "the blocks take"),
         (0, torch.randn(1, 16)[:, ::2], "the blocks take"),
-        (1, [torch.ones(2, 2, dtype=torch.complex64)], "turns have shape"),
-        (1, [None], "turns have shape"),
+        (1, [(torch.ones(2, 2, dtype=torch.complex64), None)], "turns have shape"),
+        (1, [(None, None)], "turns have shape"),
         (3, torch.tensor([128]), "goes to row 128 of a cache of 128"),
         (3, torch.tensor([-1]), "goes to row -1"),
         (3, torch.tensor([1, 2]), "2 rows to keep"),
@@ -66,19 +68,21 @@ def test_what_does_not_fit_is_refused(isa: str, place: int, value: Any, message:
 def test_another_cache_is_refused(isa: str, part: Tensor) -> None:
     """A cache of another model."""
     with pytest.raises(ValueError, match="is not the cache of a block"):
-        run_of(isa).places([(part, torch.randn(64, 1, 4))])
+        run_of(isa).places([(Rows(part), Rows(torch.randn(64, 1, 4)))])
 
 
 @each_isa
 def test_feed_forwards_alone_need_no_cache(isa: str) -> None:
-    """Sequences checked against a cache that the run does not have: MLA and sparse layers have only those fused."""
+    """Sequences checked against a cache that the run does not have: other mixers have only those fused."""
     gate_up, down = torch.randn(12, 8), torch.randn(8, 6)
     run = block_run([MLPBlock(NORM, Layer(gate_up), Layer(down), "silu")], isa)
     assert run
     x, _, _, rows, queries, contexts = arguments(run_of(isa))
     gate, up = (torch.nn.functional.rms_norm(x, (8,), NORM.weight_X, NORM.eps) @ gate_up.T).chunk(2, -1)
     expected = x + (torch.nn.functional.silu(gate) * up) @ down.T
-    assert torch.allclose(run(x, [], run.places([]), rows, queries, contexts), expected, atol=1e-4)
+    places = run.places([])
+    assert places
+    assert torch.allclose(run(x, [], places, rows, queries, contexts)[0], expected, atol=1e-4)
 
 
 def test_what_the_kernels_cannot_read_is_not_fusable() -> None:

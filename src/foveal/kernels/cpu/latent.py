@@ -63,7 +63,7 @@ def run(
     assert latents is not None and isinstance(values.records, Columns)
     tokens, heads, width = q_THP.shape
     rank, rows = values.records.count, latents.rows
-    _check_widths(width, rank, rows)
+    check_widths(width, rank, rows)
     q_THP = q_THP.contiguous()
     out_THV = torch.empty(tokens, heads, rank, dtype=q_THP.dtype)
     kernels.run.latent_attention(
@@ -77,7 +77,8 @@ def run(
     return out_THV
 
 
-def _check_widths(width: int, rank: int, rows: Tensor) -> None:
+def check_widths(width: int, rank: int, rows: Tensor) -> None:
+    """ValueError unless rows are as wide as latents of so many numbers, the first `rank` of them values."""
     fp8 = rows.dtype == torch.uint8
     expected = latent_bytes(rank, width - rank, "fp8") if fp8 else width
     if rank > width or rows.shape[1] != expected:

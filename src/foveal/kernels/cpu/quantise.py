@@ -10,11 +10,11 @@ from foveal.kernels.records import write_index_keys, write_latents
 
 _VALUES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 # MOST_INDEX_NUMBERS in csrc/kernels/quantise.h.
-_MOST_NUMBERS = 1024
+MOST_NUMBERS = 1024
 
 
 def _turns(x: Tensor, dtype: str) -> bool:
-    return x.dtype in DTYPES and dtype in _VALUES and 0 < x.shape[-1] <= _MOST_NUMBERS
+    return x.dtype in DTYPES and dtype in _VALUES and 0 < x.shape[-1] <= MOST_NUMBERS
 
 
 @compiled(quantise_index, _turns)

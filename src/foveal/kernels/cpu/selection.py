@@ -6,7 +6,7 @@ from torch import Tensor
 from foveal.config.formats import PAGE_SIZE
 from foveal.kernels.cpu.library import FORMATS, Kernels, address, compiled
 from foveal.kernels.cpu.places import sequence_arguments
-from foveal.kernels.keys import KeySource, Queries, Rows
+from foveal.kernels.keys import KeySource, Queries, Records, Rows
 from foveal.kernels.records import IndexKeyRecords
 from foveal.kernels.selection import select
 
@@ -41,7 +41,7 @@ def _select(
     kernels: Kernels, q_TIJ: Tensor, weights_TI: Tensor, keys: KeySource, queries: Queries, *, topk: int
 ) -> Tensor:
     count, heads, size = q_TIJ.shape
-    data, key_format, stride, rows, key_size = _stored(keys)
+    data, key_format, stride, rows, key_size = stored_keys(keys.records)
     if key_size != size:
         raise ValueError(f"queries have {size} numbers, keys {key_size}")
     if weights_TI.shape != (count, heads):
@@ -57,9 +57,8 @@ def _select(
     return selection_TK
 
 
-def _stored(keys: KeySource) -> tuple[Tensor, int, int, int, int]:
+def stored_keys(records: Records) -> tuple[Tensor, int, int, int, int]:
     """Memory, its format, bytes from a row (or a page of records) to the next, rows, numbers of a key."""
-    records = keys.records
     if isinstance(records, IndexKeyRecords):
         pages, width = records.pages, PAGE_SIZE * (records.head_dim + 4)
         if pages.dtype != torch.uint8 or pages.shape[1] != width:
