@@ -16,7 +16,7 @@
 namespace foveal {
 namespace {
 
-using AnyBlock = std::variant<GqaBlock, MlaBlock, MlpBlock, MoeBlock>;
+using AnyBlock = std::variant<GqaBlock, MlaBlock, MambaBlock, Mamba2Block, MlpBlock, MoeBlock>;
 
 // Blocks that follow one another.
 struct Blocks {
@@ -61,12 +61,38 @@ Router router_at(const RouterArguments& arguments) {
 // (first, its stride in bytes and format, second, its stride and format)
 using CachedArguments = std::tuple<Address, int64_t, int, Address, int64_t, int>;
 
+CachedRows first_of(const CachedArguments& arguments) {
+  return {writing<char>(std::get<0>(arguments)), std::get<1>(arguments), static_cast<Format>(std::get<2>(arguments))};
+}
+CachedRows second_of(const CachedArguments& arguments) {
+  return {writing<char>(std::get<3>(arguments)), std::get<4>(arguments), static_cast<Format>(std::get<5>(arguments))};
+}
+
 CachedStep cached_at(const CachedArguments& arguments, const std::pair<Address, Address>& turns, const int64_t* rows,
                      const Sequences& sequences, Selection& selection) {
-  const auto [first, first_stride, first_format, second, second_stride, second_format] = arguments;
-  return {reading<float>(turns.first), reading<float>(turns.second), rows,
-          {writing<char>(first), first_stride, static_cast<Format>(first_format)},
-          {writing<char>(second), second_stride, static_cast<Format>(second_format)}, sequences, &selection};
+  return {reading<float>(turns.first), reading<float>(turns.second), rows, first_of(arguments), second_of(arguments),
+          sequences, &selection};
+}
+
+// (taps, weight, bias)
+using ConvArguments = std::tuple<int64_t, Address, Address>;
+
+BlockConv conv_at(const ConvArguments& arguments) {
+  const auto [taps, weight, bias] = arguments;
+  return {reading<void>(weight), reading<void>(bias), taps};
+}
+
+// Slots that states come from and go to, and whether they are fresh: int64 [3, sequences]; how many slots there are.
+using SlotArguments = std::tuple<Address, int64_t>;
+
+void check_slots(const int64_t* slots, const int64_t* offsets, int64_t sequences, int64_t count) {
+  for (int64_t s = 0; s < sequences; ++s)
+    if (offsets[s] > offsets[s + 1]) throw nb::value_error(("sequence " + std::to_string(s) + " ends before it begins").c_str());
+  for (int64_t s = 0; s < 2 * sequences; ++s)
+    if (slots[s] < 0 || slots[s] >= count)
+      throw nb::value_error(("sequence " + std::to_string(s % sequences) + " names slot " + std::to_string(slots[s]) +
+                             " of " + std::to_string(count))
+                                .c_str());
 }
 
 void check_rows(const int64_t* rows, int64_t tokens, int64_t cache_rows) {
@@ -102,6 +128,27 @@ void bind_block_types(nb::module_& module) {
                             reading<void>(kv_a_norm), reading<void>(up), layer_at(out), latent_epsilon, heads, nope, rope,
                             value, rank, turned, interleaved, scale, sparse, indexer_at(indexer)};
       });
+  nb::class_<MambaBlock>(module, "MambaBlock")
+      .def("__init__", [](MambaBlock* self, NormArguments norm, std::array<LayerArguments, 4> in_x_dt_out,
+                          ConvArguments conv, std::array<Address, 2> a_d, std::array<Address, 3> dt_b_c_norms,
+                          std::array<int64_t, 3> inner_state_rank) {
+        const auto& [in, x, dt, out] = in_x_dt_out;
+        const auto [dt_norm, b_norm, c_norm] = dt_b_c_norms;
+        const auto [inner, state, rank] = inner_state_rank;
+        new (self) MambaBlock{norm_at(norm), layer_at(in), layer_at(x), layer_at(dt), layer_at(out), conv_at(conv),
+                              reading<float>(a_d[0]), reading<float>(a_d[1]), reading<void>(dt_norm), reading<void>(b_norm),
+                              reading<void>(c_norm), inner, state, rank};
+      });
+  nb::class_<Mamba2Block>(module, "Mamba2Block")
+      .def("__init__", [](Mamba2Block* self, NormArguments norm, LayerArguments in, LayerArguments out, ConvArguments conv,
+                          std::array<Address, 3> a_d_bias, std::array<float, 2> dt_limits, Address out_norm,
+                          std::array<int64_t, 4> heads_dim_state_groups) {
+        const auto [a, d, bias] = a_d_bias;
+        const auto [heads, dim, state, groups] = heads_dim_state_groups;
+        new (self) Mamba2Block{norm_at(norm), layer_at(in), layer_at(out), conv_at(conv), reading<float>(a),
+                               reading<float>(d), reading<float>(bias), dt_limits[0], dt_limits[1], reading<void>(out_norm),
+                               heads, dim, state, groups};
+      });
   nb::class_<MlpBlock>(module, "MlpBlock")
       .def("__init__", [](MlpBlock* self, NormArguments norm, LayerArguments gate_up, LayerArguments down,
                           int activation) {
@@ -120,40 +167,55 @@ void bind_block_types(nb::module_& module) {
 void bind_block(nb::module_& module, Isa isa) {
   module.attr("GqaBlock") = nb::type<GqaBlock>();
   module.attr("MlaBlock") = nb::type<MlaBlock>();
+  module.attr("MambaBlock") = nb::type<MambaBlock>();
+  module.attr("Mamba2Block") = nb::type<Mamba2Block>();
   module.attr("MlpBlock") = nb::type<MlpBlock>();
   module.attr("MoeBlock") = nb::type<MoeBlock>();
   module.attr("Blocks") = nb::type<Blocks>();
-  // For each attention block its turns (its own and its indexer's) and its cache, of cache_rows rows. selection: of earlier
-  // blocks, numbers a token, and room for as many as any indexer of these selects. Returns the numbers a token at the end.
+  // caches: of each mixer in order, of cache_rows rows or as many slots as `slots` says. turns: of each mixer, its own and its
+  // indexer's. selection: of earlier blocks, numbers a token, and room for as many as any indexer of these selects. Returns the
+  // numbers a token at the end.
   module.def(
       "run_blocks",
-      [gqa = FOVEAL_PICK(isa, gqa_block), mla = FOVEAL_PICK(isa, mla_block), mlp = FOVEAL_PICK(isa, mlp_block),
-       moe = FOVEAL_PICK(isa, moe_block)](
+      [gqa = FOVEAL_PICK(isa, gqa_block), mla = FOVEAL_PICK(isa, mla_block), mamba = FOVEAL_PICK(isa, mamba_block),
+       mamba2 = FOVEAL_PICK(isa, mamba2_block), mlp = FOVEAL_PICK(isa, mlp_block), moe = FOVEAL_PICK(isa, moe_block)](
           const Blocks& blocks, Address x, Address out, int64_t tokens,
           const std::vector<std::pair<Address, Address>>& turns, Address rows, const std::vector<CachedArguments>& caches,
-          int64_t cache_rows, std::tuple<int64_t, Address, Address, Address, int64_t> sequences_arguments,
+          int64_t cache_rows, SlotArguments slot_arguments,
+          std::tuple<int64_t, Address, Address, Address, int64_t> sequences_arguments,
           std::tuple<Address, int64_t, Address> selection_arguments, int threads) {
         const Sequences sequences = std::apply(sequences_at, sequences_arguments);
         const int64_t* places = reading<int64_t>(rows);
         const auto [selected, topk, room] = selection_arguments;
         Selection selection{reading<int32_t>(selected), topk, writing<int32_t>(room)};
-        if (!caches.empty()) {  // otherwise no block reads or writes any row
+        if (cache_rows >= 0) {  // otherwise no block reads or writes any row
           check(sequences, cache_rows);
           check_rows(places, tokens, cache_rows);
           if (topk) check_selection(sequences, selection.places, topk);
         }
+        const int64_t* slots = reading<int64_t>(std::get<0>(slot_arguments));
+        if (slots) check_slots(slots, sequences.query_offsets, sequences.count, std::get<1>(slot_arguments));
         size_t cached = 0;
-        auto cache = [&] {
-          const CachedStep step = cached_at(caches.at(cached), turns.at(cached), places, sequences, selection);
-          ++cached;
-          return step;
+        auto keys = [&] {
+          const size_t mixer = cached++;
+          return cached_at(caches.at(mixer), turns.at(mixer), places, sequences, selection);
+        };
+        auto states = [&] {
+          const CachedArguments& own = caches.at(cached++);
+          const int64_t count = sequences.count;
+          return StateStep{first_of(own), second_of(own), slots, slots + count, slots + 2 * count,
+                           {count, sequences.query_offsets}};
         };
         for (const auto& block : blocks.all) {
           const BlockStep step{reading<void>(x), writing<void>(out), tokens, threads};
           if (const GqaBlock* grouped = std::get_if<GqaBlock>(&block))
-            gqa(*grouped, step, cache());
+            gqa(*grouped, step, keys());
           else if (const MlaBlock* latent = std::get_if<MlaBlock>(&block))
-            mla(*latent, step, cache());
+            mla(*latent, step, keys());
+          else if (const MambaBlock* first = std::get_if<MambaBlock>(&block))
+            mamba(*first, step, states());
+          else if (const Mamba2Block* second = std::get_if<Mamba2Block>(&block))
+            mamba2(*second, step, states());
           else if (const MoeBlock* mixture = std::get_if<MoeBlock>(&block))
             moe(*mixture, step);
           else

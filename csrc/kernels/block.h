@@ -5,6 +5,7 @@
 #pragma once
 
 #include "common/sequences.h"
+#include "common/tokens.h"
 #include "kernels/activation.h"
 #include "kernels/linear.h"
 
@@ -103,6 +104,35 @@ struct MoeBlock {
   Layer shared_gate_up, shared_down, shared_gate;
 };
 
+// The short convolution before a recurrence; its activation is silu.
+struct BlockConv {
+  const void* weight;       // [channels, taps]
+  const void* bias;         // [channels] or null
+  int64_t taps;
+};
+
+// Mamba's selective state space.
+struct MambaBlock {
+  BlockNorm norm;
+  Layer in, x, dt, out;
+  BlockConv conv;
+  const float* a;           // [inner, state]
+  const float* d;           // [inner]
+  const void *dt_norm, *b_norm, *c_norm;  // or null
+  int64_t inner, state, rank;
+};
+
+// Mamba-2's state space duality.
+struct Mamba2Block {
+  BlockNorm norm;
+  Layer in, out;
+  BlockConv conv;
+  const float *a, *d, *dt_bias;  // [heads]
+  float dt_least, dt_most;
+  const void* out_norm;     // [heads head_dim]: of each group for itself
+  int64_t heads, head_dim, state, groups;
+};
+
 // The tokens of a step and where their keys are.
 struct BlockStep {
   const void* x;       // [tokens, hidden]
@@ -134,10 +164,19 @@ struct CachedStep {
   Selection* selection;      // read and written by blocks that select
 };
 
+// Recurrent states in slots; stride: from slot to slot.
+struct StateStep {
+  CachedRows inputs, states;       // of the convolution, and of the recurrence (floats)
+  const int64_t *in, *out, *fresh; // [sequences]: slots; fresh: starts from zeros, `in` is not read
+  Spans sequences;
+};
+
 #define FOVEAL_DECLARE(isa)                                                 \
   namespace isa {                                                           \
   void gqa_block(const GqaBlock&, const BlockStep&, const CachedStep&);     \
   void mla_block(const MlaBlock&, const BlockStep&, const CachedStep&);     \
+  void mamba_block(const MambaBlock&, const BlockStep&, const StateStep&);  \
+  void mamba2_block(const Mamba2Block&, const BlockStep&, const StateStep&);\
   void mlp_block(const MlpBlock&, const BlockStep&);                        \
   void moe_block(const MoeBlock&, const BlockStep&);                        \
   }

@@ -16,6 +16,8 @@ from foveal.config.model import (
     GQAConfig,
     IndexerConfig,
     LayerConfig,
+    Mamba2Config,
+    MambaConfig,
     MLAConfig,
     MLPConfig,
     MoEConfig,
@@ -25,7 +27,7 @@ from foveal.config.model import (
 from foveal.kernels.cpu.block_run import block_run
 from foveal.models.decoder import Decoder, Options
 from foveal.nn import fused
-from foveal.nn.batch import Batch
+from foveal.nn.batch import Batch, StateSlots
 from foveal.nn.fused import FusedRun, PlainPart
 from foveal.nn.step import FUSED_TOKENS
 
@@ -85,19 +87,22 @@ def make_decoders(config: ModelConfig, dtype: torch.dtype, index: str = "auto") 
 
 def make_cache(config: ModelConfig, dtype: torch.dtype, kv: str = "auto", index: str = "auto") -> CacheStore:
     """A cache whose rows are NaN until they are written."""
-    store = CacheStore(plan_cache(config, dtype, kv, index), pages=20, slots=0)
+    store = CacheStore(plan_cache(config, dtype, kv, index), pages=20, slots=12)
     for layer in store.layers:
         for block in layer:
             for layout in block.paged if block else ():
                 layout.pages.fill_(0xFF if layout.pages.dtype == torch.uint8 else torch.nan)
+            for state in block.state.states if block and block.state else ():
+                state.fill_(torch.nan)
     return store
 
 
 def make_batches() -> Iterator[Batch]:
-    """The batches of STEPS, with random tokens, on shuffled pages."""
+    """The batches of STEPS, with random tokens, on shuffled pages; states move to another slot now and then."""
     pages = (torch.randperm(19) + 1).tolist()
     lengths: dict[int, int] = {}
     tables: dict[int, list[int]] = {}
+    slots: dict[int, int] = {}
     for counts in STEPS:
         tokens = [torch.randint(0, VOCAB, (count,)).tolist() for count in counts]
         starts = [lengths.get(s, 0) for s in range(len(counts))]
@@ -106,7 +111,11 @@ def make_batches() -> Iterator[Batch]:
             table = tables.setdefault(s, [])
             while len(table) * PAGE_SIZE < lengths[s]:
                 table.append(pages.pop())
-        yield Batch.paged(tokens, starts, [tables[s] for s in range(len(counts))])
+        known = range(len(counts))
+        before = [slots.get(s, 0) for s in known]
+        slots |= {s: 1 + s if before[s] % 2 else 6 + s for s in known if not before[s] or counts[s] > 1}
+        states = StateSlots(tuple(before), tuple(slots[s] for s in known), tuple(slot == 0 for slot in before))
+        yield Batch.paged(tokens, starts, [tables[s] for s in known], slots=states)
 
 
 @each_isa
@@ -186,6 +195,42 @@ def test_latent_caches(isa: str, dtype: torch.dtype, kv: str, index: str, monkey
             if len(result) <= FUSED_TOKENS:
                 errors.append((result - expected).norm(dim=1) / expected.norm(dim=1))
     assert torch.cat(errors).median() < (1e-3 if dtype == torch.float32 else 2e-2)
+
+
+RECURRENT = {
+    "mamba": MambaConfig(inner=56, state=16, conv=4, dt_rank=5, norms=False),
+    "jamba": MambaConfig(inner=56, state=10, conv=4, dt_rank=5, conv_bias=False, proj_bias=True),
+    "mamba 2": Mamba2Config(heads=6, head_dim=12, state=16, groups=2, conv=4),
+    "mamba 2, limits, biases": Mamba2Config(3, 20, 8, 1, 3, conv_bias=False, proj_bias=True, dt_limits=(0.2, 0.9)),
+}
+
+
+def make_hybrid(mixer: MambaConfig | Mamba2Config) -> ModelConfig:
+    """Two recurrent layers beside one of attention."""
+    mixers = (mixer, PLAIN, mixer)
+    layers = tuple((BlockConfig(each), BlockConfig(MLPConfig(56))) for each in mixers)
+    return ModelConfig("test", VOCAB, HIDDEN, layers, norm_eps=1e-5, max_positions=512)
+
+
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mixer", RECURRENT)
+def test_recurrent_steps(isa: str, dtype: torch.dtype, mixer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state of another slot, one that is not zero at the start or not written back; a gate, norm, limit or bias left
+    out."""
+    monkeypatch.setattr(fused, "block_run", partial(block_run, isa=isa))
+    config = make_hybrid(RECURRENT[mixer])
+    decoder, exact = make_decoders(config, dtype)
+    decoder.pack()
+    assert [type(part) for part in decoder._parts] == [FusedRun]
+    caches = make_cache(config, dtype), make_cache(config, torch.float64)
+    with torch.inference_mode():
+        for batch in make_batches():
+            result = decoder.step(batch, caches[0]).logits_LV.double()
+            expected = exact.step(batch, caches[1]).logits_LV.double()
+            assert (result - expected).norm() / expected.norm() < 3 * TOLERANCE[
+                dtype
+            ]  # the plain form's error is as large
 
 
 @needs_kernels

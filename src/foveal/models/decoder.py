@@ -208,7 +208,7 @@ class Block(nn.Module):
         operation, norm, indexer = self.operation, self.norm, self.indexer
         if isinstance(operation, MLA) and not isinstance(indexer, Selector):
             return operation.fused(norm, sparse=self.sparse, indexer=indexer.fused() if indexer else None)
-        if isinstance(operation, MLP | MoE) or (isinstance(operation, GQA) and not self.sparse):
+        if isinstance(operation, MLP | MoE | Mamba | Mamba2) or (isinstance(operation, GQA) and not self.sparse):
             return operation.fused(norm)
         return None
 

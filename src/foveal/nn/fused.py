@@ -12,8 +12,10 @@ from torch import Tensor
 
 from foveal.cache.layouts import BlockCache
 from foveal.cache.store import CacheStore
+from foveal.kernels.cpu.block_parts import Layer, Norm
 from foveal.kernels.cpu.block_run import BlockRun, KeyPlaces, block_run
-from foveal.kernels.cpu.blocks import AnyBlock, CacheParts, GQABlock, Layer, MLABlock, Norm
+from foveal.kernels.cpu.blocks import AnyBlock, MixerBlock
+from foveal.kernels.cpu.mixer_blocks import CacheParts
 from foveal.nn.linear import Linear
 from foveal.nn.norm import RMSNorm
 from foveal.nn.step import Step
@@ -45,10 +47,10 @@ class FusedRun:
     kernels do not read."""
 
     def __init__(self, run: BlockRun, blocks: Sequence[tuple[Place, AnyBlock]], plain: Sequence[PlainPart]) -> None:
-        attention = [(place, block) for place, block in blocks if isinstance(block, GQABlock | MLABlock)]
+        mixers = [(place, block) for place, block in blocks if isinstance(block, MixerBlock)]
         self._run, self._plain = run, plain
-        self._places = [place for place, _ in attention]
-        self._ropes = [block.ropes for _, block in attention]
+        self._places = [place for place, _ in mixers]
+        self._ropes = [block.ropes for _, block in mixers]
         self._known: WeakKeyDictionary[CacheStore, KeyPlaces | None] = WeakKeyDictionary()
 
     def __call__(self, x_TD: Tensor, step: Step, cache: CacheStore) -> Tensor:
@@ -64,7 +66,7 @@ class FusedRun:
         known = {rope: step.turns(rope) for ropes in set(self._ropes) for rope in ropes if rope}
         turns = [(known[own] if own else None, known[index] if index else None) for own, index in self._ropes]
         x_TD, step.selection_TK = self._run(
-            x_TD, turns, places, step.rows_T, step.queries, step.contexts, step.selection_TK
+            x_TD, turns, places, step.rows_T, step.queries, step.contexts, step.selection_TK, step.slots_3S
         )
         return x_TD
 
@@ -100,6 +102,9 @@ def layer_of(linear: Linear) -> Layer:
 def _parts(cache: CacheStore, place: Place) -> CacheParts:
     block = cache.layers[place[0]][place[1]]
     assert block
+    if block.state:
+        inputs, state = block.state.states
+        return inputs, state
     if block.latent:
         return block.latent.records, block.index.records if block.index else None
     assert block.keys and block.values

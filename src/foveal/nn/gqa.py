@@ -8,7 +8,7 @@ from torch import Tensor
 from foveal.cache.layouts import BlockCache
 from foveal.config.model import GQAConfig
 from foveal.kernels import KeySource, Queries, apply_rope, attention, sparse_attention, streaming_attention
-from foveal.kernels.cpu.blocks import GQABlock
+from foveal.kernels.cpu.mixer_blocks import GQABlock
 from foveal.nn.fused import layer_of, norm_of
 from foveal.nn.linear import FusedLinear, Linear
 from foveal.nn.mixer import Mixer, by_form

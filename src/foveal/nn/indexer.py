@@ -7,7 +7,7 @@ from foveal.cache.layouts import BlockCache
 from foveal.config.formats import index_key_bytes
 from foveal.config.model import IndexerConfig
 from foveal.kernels import KeySource, apply_rope, quantise_index, select
-from foveal.kernels.cpu.blocks import IndexerPart
+from foveal.kernels.cpu.mixer_blocks import IndexerPart
 from foveal.kernels.records import IndexKeyRecords
 from foveal.nn.fused import layer_of
 from foveal.nn.linear import ExactLinear, Linear

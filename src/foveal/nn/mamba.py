@@ -7,6 +7,8 @@ from torch.nn.functional import silu, softplus
 from foveal.config.model import MambaConfig
 from foveal.kernels import Queries, causal_conv, selective_scan
 from foveal.kernels.activation import ACTIVATIONS
+from foveal.kernels.cpu.mixer_blocks import MambaBlock
+from foveal.nn.fused import layer_of, norm_of
 from foveal.nn.linear import ExactLinear, Linear
 from foveal.nn.norm import RMSNorm
 from foveal.nn.recurrent import Convolution, Recurrent
@@ -50,3 +52,14 @@ class Mamba(Recurrent):
         )
         y_TX = (y_TX + self.D * u_TX.float()) * silu(gate_TX.float())
         return self.out_proj(y_TX.to(x_TD.dtype)), inputs_SWX, state_S
+
+    def fused(self, norm: RMSNorm) -> MambaBlock:
+        """The block of `norm`, this and a sum, for the kernels."""
+        projections = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
+        into, x, dt, out = map(layer_of, projections)
+        norms = None
+        if self.config.norms:
+            norms = norm_of(self.dt_layernorm), norm_of(self.b_layernorm), norm_of(self.c_layernorm)
+        conv = self.conv1d.fused(self.config.activation)
+        a_XY = -self.A_log.detach().exp()
+        return MambaBlock(self.config, norm_of(norm), (into, x, dt, out), conv, a_XY, self.D, norms)

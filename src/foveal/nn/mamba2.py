@@ -7,8 +7,10 @@ from torch.nn.functional import silu, softplus
 from foveal.config.model import Mamba2Config
 from foveal.kernels import Queries, causal_conv, ssd
 from foveal.kernels.activation import ACTIVATIONS
+from foveal.kernels.cpu.mixer_blocks import Mamba2Block
+from foveal.nn.fused import layer_of, norm_of
 from foveal.nn.linear import Linear
-from foveal.nn.norm import GroupedRMSNorm
+from foveal.nn.norm import GroupedRMSNorm, RMSNorm
 from foveal.nn.recurrent import Convolution, Recurrent
 
 
@@ -48,3 +50,12 @@ class Mamba2(Recurrent):
         y_THP, state_S = ssd(x_THP, dt_TH, -self.A_log.exp(), b_TGY, c_TGY, state_S, queries)
         y_TX = (y_THP + self.D[:, None] * x_THP).flatten(1) * silu(gate_TX.float())
         return self.out_proj(self.norm(y_TX).to(x_TD.dtype)), inputs_SWX, state_S
+
+    def fused(self, norm: RMSNorm) -> Mamba2Block:
+        """The block of `norm`, this and a sum, for the kernels."""
+        assert norm.eps == self.norm.eps
+        projections = layer_of(self.in_proj), layer_of(self.out_proj)
+        conv = self.conv1d.fused(self.config.activation)
+        a_H = -self.A_log.detach().exp()
+        own = norm_of(self.norm)
+        return Mamba2Block(self.config, norm_of(norm), projections, conv, a_H, self.D, self.dt_bias, own)

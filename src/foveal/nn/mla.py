@@ -20,7 +20,7 @@ from foveal.kernels import (
     linear,
     sparse_attention,
 )
-from foveal.kernels.cpu.blocks import IndexerPart, MLABlock
+from foveal.kernels.cpu.mixer_blocks import IndexerPart, MLABlock
 from foveal.nn.fused import layer_of, norm_of
 from foveal.nn.linear import ExactLinear, Linear
 from foveal.nn.mixer import Mixer, by_form

@@ -10,7 +10,8 @@ from torch.nn import functional
 from foveal.config.model import MoEConfig, RouterConfig
 from foveal.kernels import QuantisedWeight, experts, pack_weight, quantise_weight
 from foveal.kernels.activation import ACTIVATIONS
-from foveal.kernels.cpu.blocks import Layer, MoEBlock
+from foveal.kernels.cpu.block_parts import Layer
+from foveal.kernels.cpu.blocks import MoEBlock
 from foveal.nn.fused import layer_of, norm_of
 from foveal.nn.linear import ExactLinear
 from foveal.nn.mlp import MLP

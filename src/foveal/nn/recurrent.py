@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from foveal.cache.layouts import BlockCache
 from foveal.config.model import RecurrentConfig
 from foveal.kernels import Queries
+from foveal.kernels.cpu.mixer_blocks import ConvPart
 from foveal.nn.mixer import Mixer
 from foveal.nn.step import Step
 
@@ -51,6 +52,10 @@ class Convolution(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(inner, 1, width, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(inner, dtype=dtype)) if bias else None
+
+    def fused(self, activation: str) -> ConvPart:
+        """This and its activation, for the kernels."""
+        return ConvPart(self.weight, self.bias, activation)
 
 
 class FusedConvolution(Convolution):

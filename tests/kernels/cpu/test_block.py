@@ -8,14 +8,17 @@ import torch
 from compiled import each_isa
 from torch import Tensor
 
-from foveal.config.model import GQAConfig, RopeConfig
+from foveal.config.model import GQAConfig, Mamba2Config, RopeConfig
 from foveal.kernels import Contexts, Queries
+from foveal.kernels.cpu.block_parts import Layer, Norm
 from foveal.kernels.cpu.block_run import BlockRun, block_run
-from foveal.kernels.cpu.blocks import GQABlock, Layer, MLPBlock, Norm
+from foveal.kernels.cpu.blocks import MLPBlock
+from foveal.kernels.cpu.mixer_blocks import ConvPart, GQABlock, Mamba2Block
 from foveal.kernels.keys import Rows
 
 CONFIG = GQAConfig(heads=2, kv_heads=1, head_dim=4, scale=0.5, rope=RopeConfig(dim=4, theta=1e4))
 NORM = Norm(torch.ones(8), 1e-5)
+KEYS, VALUES = torch.randn(2, 128, 1, 4)
 BLOCK = GQABlock(CONFIG, NORM, Layer(torch.randn(16, 8)), Layer(torch.randn(8, 8)))
 
 
@@ -27,10 +30,10 @@ def run_of(isa: str) -> BlockRun:
 
 def arguments(run: BlockRun, rows: int = 128) -> list[Any]:
     """One token at position 69 of a sequence on pages 1 and 0 of two."""
-    cache = Rows(torch.randn(rows, 1, 4)), Rows(torch.randn(rows, 1, 4))
+    places = run.places([(Rows(KEYS[:rows]), Rows(VALUES[:rows]))])
     contexts = Contexts((70,), (-1,), torch.tensor([[1, 0]]))
     turns = [(torch.ones(1, 2, dtype=torch.complex64), None)]
-    return [torch.randn(1, 8), turns, run.places([cache]), torch.tensor([5]), Queries((0, 1), (69,)), contexts]
+    return [torch.randn(1, 8), turns, places, torch.tensor([5]), Queries((0, 1), (69,)), contexts]
 
 
 @each_isa
@@ -69,6 +72,37 @@ def test_another_cache_is_refused(isa: str, part: Tensor) -> None:
     """A cache of another model."""
     with pytest.raises(ValueError, match="is not the cache of a block"):
         run_of(isa).places([(Rows(part), Rows(torch.randn(64, 1, 4)))])
+
+
+@each_isa
+@pytest.mark.parametrize(
+    ("slots", "message"),
+    [
+        (torch.tensor([[0], [4], [0]]), "names slot 4 of 4"),
+        (torch.tensor([[-1], [0], [0]]), "names slot -1"),
+        (torch.tensor([[0, 1], [0, 1], [0, 0]]), "slots"),
+        (None, "no slots"),
+    ],
+)
+def test_slots_that_are_not_there_are_refused(isa: str, slots: Tensor | None, message: str) -> None:
+    """States read or written beyond their memory."""
+    config = Mamba2Config(heads=2, head_dim=4, state=3, groups=1, conv=2)
+    projections = Layer(torch.randn(24, 8)), Layer(torch.randn(8, 8))
+    conv = ConvPart(torch.randn(14, 1, 2), None, "silu")
+    heads = [torch.full((2,), value) for value in (-1.0, 1.0, 0.0)]
+    block = Mamba2Block(config, NORM, projections, conv, *heads, out_norm=NORM)
+    assert block.fusable and not replace(block, conv=replace(conv, activation="gelu")).fusable
+    run = block_run([block], isa)
+    assert run
+    x, _, _, rows, queries, contexts = arguments(run_of(isa))
+    states = torch.zeros(4, 1, 14), torch.zeros(4, 2, 4, 3)
+    places = run.places([states])
+    assert places
+    run(x, [(None, None)], places, rows, queries, contexts, slots_3S=torch.tensor([[3], [0], [0]]))
+    with pytest.raises(ValueError, match=message):
+        run(x, [(None, None)], places, rows, queries, contexts, slots_3S=slots)
+    with pytest.raises(ValueError, match="is not the state of a block"):
+        run.places([(torch.zeros(4, 1, 14), torch.zeros(4, 2, 3, 4))])
 
 
 @each_isa

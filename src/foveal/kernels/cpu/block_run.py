@@ -7,21 +7,26 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from foveal.kernels.cpu.blocks import AnyBlock, CachedRows, CacheParts, GQABlock, MLABlock, pairs_of
+from foveal.kernels.cpu.block_parts import CachedRows, pairs_of
+from foveal.kernels.cpu.blocks import AnyBlock, MixerBlock
 from foveal.kernels.cpu.library import Kernels, address, instruction_sets
+from foveal.kernels.cpu.mixer_blocks import CacheParts, GQABlock, MLABlock
 from foveal.kernels.cpu.places import sequence_arguments
 from foveal.kernels.keys import Contexts, Queries
 
 Turns = tuple[Tensor | None, Tensor | None]
-"""Of one attention block, and of its indexer: see `apply_rope`; None without rope."""
+"""Of one mixer, and of its indexer: see `apply_rope`; None without rope."""
 
 
 @dataclass(frozen=True)
 class KeyPlaces:
-    """Where the attention blocks' caches are: checked addresses, for as long as their tensors live."""
+    """Where the mixers' caches are: checked addresses, for as long as their tensors live."""
 
     caches: list[tuple[int, int, int, int, int, int]]
     rows: int
+    """Of keys; -1 where no block has any."""
+    slots: int
+    """Of recurrent states; 0 where no block has any."""
 
 
 class BlockRun:
@@ -30,9 +35,9 @@ class BlockRun:
     def __init__(self, kernels: Kernels, blocks: Sequence[AnyBlock]) -> None:
         assert blocks and all(block.fusable for block in blocks)
         self._blocks = list(blocks)  # keeps the weights alive
-        self._attention = [block for block in blocks if isinstance(block, GQABlock | MLABlock)]
-        self._pairs = [pairs_of(rope) for block in self._attention for rope in block.ropes]
-        indexers = [block.indexer for block in self._attention if isinstance(block, MLABlock) and block.indexer]
+        self._mixers = [block for block in blocks if isinstance(block, MixerBlock)]
+        self._pairs = [pairs_of(rope) for block in self._mixers for rope in block.ropes]
+        indexers = [block.indexer for block in self._mixers if isinstance(block, MLABlock) and block.indexer]
         self._topk = max((indexer.config.topk for indexer in indexers), default=0)
         self._like_1D = blocks[0].norm.weight_X[None]
         assert all(block.norm.weight_X.dtype == self._like_1D.dtype for block in blocks)
@@ -40,13 +45,16 @@ class BlockRun:
         self._native = kernels.run.Blocks([block.native(kernels) for block in blocks])
 
     def places(self, caches: Sequence[CacheParts]) -> KeyPlaces | None:
-        """The cache of each attention block in order; None where one is kept in a form that the kernels do not read.
+        """The cache of each mixer in order; None where one is kept in a form that the kernels do not read.
         ValueError where they do not fit."""
-        stored = [block.cached(parts) for block, parts in zip(self._attention, caches, strict=True)]
+        stored = [block.cached(parts) for block, parts in zip(self._mixers, caches, strict=True)]
         known: list[CachedRows] = [one for one in stored if one]
         if len(known) < len(stored):
             return None
-        return KeyPlaces([one.arguments for one in known], min((one.rows for one in known), default=0))
+        has_keys = [isinstance(block, GQABlock | MLABlock) for block in self._mixers]
+        rows = min((one.rows for one, keys in zip(known, has_keys, strict=True) if keys), default=-1)
+        slots = min((one.rows for one, keys in zip(known, has_keys, strict=True) if not keys), default=0)
+        return KeyPlaces([one.arguments for one in known], rows, slots)
 
     def __call__(
         self,
@@ -57,11 +65,13 @@ class BlockRun:
         queries: Queries,
         contexts: Contexts,
         selection_TK: Tensor | None = None,
+        slots_3S: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """[T, D] -> [T, D], and the selection of the last indexer (None: everything is attended to).
 
-        turns: of each attention block. rows_T: int64 cache rows of the tokens' own keys, which are written.
-        selection_TK: int32, contiguous, of a block before these.
+        turns: of each mixer. rows_T: int64 cache rows of the tokens' own keys, which are written.
+        selection_TK: int32, contiguous, of a block before these. slots_3S: int64, contiguous: where the states of each
+        sequence come from, where they go to, and whether they are fresh; for recurrent blocks.
 
         ValueError where anything does not fit, or a row or page is not in the cache.
         """
@@ -77,6 +87,8 @@ class BlockRun:
             shape = (0, 0) if of_block is None else of_block.shape
             if pairs and shape != (tokens, pairs):
                 raise ValueError(f"turns have shape {list(shape)}, not {[tokens, pairs]}")
+        if places.slots and (slots_3S is None or slots_3S.shape != (3, len(queries.positions))):
+            raise ValueError(f"{len(queries.positions)} sequences, but no slots for their states, or not as many")
         out_TD = torch.empty_like(x_TD)
         room_X = x_TD.new_empty(tokens * self._topk, dtype=torch.int32)
         topk = self._run(
@@ -88,6 +100,7 @@ class BlockRun:
             address(rows_T),
             places.caches,
             places.rows,
+            (address(slots_3S) if places.slots else 0, places.slots),
             sequence_arguments(tokens, queries, contexts),
             (address(selection_TK), 0 if selection_TK is None else selection_TK.shape[1], address(room_X)),
             torch.get_num_threads(),
