@@ -58,20 +58,18 @@ Router router_at(const RouterArguments& arguments) {
   return {weight_at(weight), reading<float>(bias), sigmoid, normalise, scale, groups, kept, top_two, masked};
 }
 
-// (first, its stride in bytes and format, second, its stride and format)
-using CachedArguments = std::tuple<Address, int64_t, int, Address, int64_t, int>;
+// Of each part where it begins, its stride in bytes and its format: foveal/kernels/cpu/block_parts.py, `CachedRows`.
+using CachedArguments = std::array<std::tuple<Address, int64_t, int>, 3>;
 
-CachedRows first_of(const CachedArguments& arguments) {
-  return {writing<char>(std::get<0>(arguments)), std::get<1>(arguments), static_cast<Format>(std::get<2>(arguments))};
-}
-CachedRows second_of(const CachedArguments& arguments) {
-  return {writing<char>(std::get<3>(arguments)), std::get<4>(arguments), static_cast<Format>(std::get<5>(arguments))};
+CachedRows rows_at(const std::tuple<Address, int64_t, int>& arguments) {
+  const auto [data, stride, format] = arguments;
+  return {writing<char>(data), stride, static_cast<Format>(format)};
 }
 
 CachedStep cached_at(const CachedArguments& arguments, const std::pair<Address, Address>& turns, const int64_t* rows,
                      const Sequences& sequences, Selection& selection) {
-  return {reading<float>(turns.first), reading<float>(turns.second), rows, first_of(arguments), second_of(arguments),
-          sequences, &selection};
+  return {reading<float>(turns.first), reading<float>(turns.second), rows, rows_at(arguments[0]),
+          rows_at(arguments[1]), rows_at(arguments[2]), sequences, &selection};
 }
 
 // (taps, weight, bias)
@@ -112,9 +110,10 @@ void bind_block_types(nb::module_& module) {
   nb::class_<GqaBlock>(module, "GqaBlock")
       .def("__init__", [](GqaBlock* self, NormArguments norm, LayerArguments qkv, LayerArguments out,
                           std::array<Address, 2> head_norms, std::array<int, 3> heads, int64_t pairs, bool interleaved,
-                          float scale, int64_t window) {
+                          float scale, int64_t window, bool sparse, IndexerArguments indexer) {
         new (self) GqaBlock{norm_at(norm), layer_at(qkv), layer_at(out), reading<void>(head_norms[0]),
-                            reading<void>(head_norms[1]), heads[0], heads[1], heads[2], pairs, interleaved, scale, window};
+                            reading<void>(head_norms[1]), heads[0], heads[1], heads[2], pairs, interleaved, scale, window,
+                            sparse, indexer_at(indexer)};
       });
   nb::class_<MlaBlock>(module, "MlaBlock")
       .def("__init__", [](MlaBlock* self, NormArguments norm, std::array<LayerArguments, 4> q_a_q_kv_a_out,
@@ -203,7 +202,7 @@ void bind_block(nb::module_& module, Isa isa) {
         auto states = [&] {
           const CachedArguments& own = caches.at(cached++);
           const int64_t count = sequences.count;
-          return StateStep{first_of(own), second_of(own), slots, slots + count, slots + 2 * count,
+          return StateStep{rows_at(own[0]), rows_at(own[1]), slots, slots + count, slots + 2 * count,
                            {count, sequences.query_offsets}};
         };
         for (const auto& block : blocks.all) {

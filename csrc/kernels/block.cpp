@@ -1,8 +1,8 @@
 // Grouped-query attention and the dense feed-forward as blocks: see block.h. The scratch of a few tokens (a projection or two, hidden states) stays in level-two cache
 // between the parts; what comes from memory is weights, read once, and the keys of the context.
-#include "kernels/block_parts.h"
+#include "kernels/block_indexer.h"
 #include "kernels/flash.h"
-#include "kernels/rope.h"
+#include "kernels/sparse.h"
 
 namespace foveal::FOVEAL_ISA {
 namespace {
@@ -39,7 +39,19 @@ void keep(const GqaBlock& block, const BlockStep& step, const CachedStep& cache,
   }
 }
 
+void attend_selection(const GqaBlock& block, const BlockStep& step, const CachedStep& cache, const void* qkv, void* out) {
+  const Format format = block.norm.format;
+  const int64_t width = block.qkv.weight.outputs, dim = block.head_dim, queries = block.heads * dim;
+  Scratch scratch(step.tokens * queries * bytes_of(format));
+  char* q = scratch.take<char>(step.tokens * queries * bytes_of(format));
+  for (int64_t t = 0; t < step.tokens; ++t)
+    std::memcpy(at(q, t * queries, format), at(qkv, t * width, format), queries * bytes_of(format));
+  sparse_attention({q, cache.first.data, cache.second.data, out, format, block.heads, block.groups, dim, dim, block.scale,
+                    cache.sequences, cache.selection->places, cache.selection->topk, step.threads});
+}
+
 void attend(const GqaBlock& block, const BlockStep& step, const CachedStep& cache, const void* qkv, void* out) {
+  if (block.sparse && cache.selection->topk) return attend_selection(block, step, cache, qkv, out);
   const int64_t dim = block.head_dim, row = block.groups * dim;
   Flash flash{};
   flash.q = qkv;
@@ -72,6 +84,7 @@ void gqa_block(const GqaBlock& block, const BlockStep& step, const CachedStep& c
   char* qkv = scratch.take<char>(width * bytes);
   char* out = scratch.take<char>(attended * bytes);
   apply_norm(norm, step, hidden);
+  if (block.indexer.topk) glance(norm, block.indexer, step, cache, hidden, hidden);
   apply(block.qkv, hidden, qkv, norm, step);
   place_heads(block, step, cache.turns, qkv);
   keep(block, step, cache, qkv);

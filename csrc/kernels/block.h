@@ -25,30 +25,10 @@ struct BlockNorm {
   Format format;       // of all activations, norm weights and biases: f32 or bf16
 };
 
-// Grouped-query attention.
-struct GqaBlock {
-  BlockNorm norm;
-  Layer qkv, out;
-  const void* q_norm;  // [head_dim] or null
-  const void* k_norm;
-  int heads, groups, head_dim;
-  int64_t pairs;       // of the rope; 0: none
-  bool interleaved;
-  float scale;
-  int64_t window;      // 0: none
-};
-
-// Gated feed-forward.
-struct MlpBlock {
-  BlockNorm norm;
-  Layer gate_up, down;
-  Activation activation;
-};
-
 // A layer that may not be there has no values.
 inline bool is_there(const Layer& layer) { return layer.weight.values; }
 
-// The lightning indexer beside latent attention.
+// The lightning indexer beside a block's attention.
 struct BlockIndexer {
   Layer queries;            // from the query latent
   Layer keys;               // from the hidden state
@@ -62,6 +42,28 @@ struct BlockIndexer {
   bool interleaved;
   float scale;              // of the heads' weights
   int64_t topk;             // 0: there is no indexer
+};
+
+// Grouped-query attention.
+struct GqaBlock {
+  BlockNorm norm;
+  Layer qkv, out;
+  const void* q_norm;  // [head_dim] or null
+  const void* k_norm;
+  int heads, groups, head_dim;
+  int64_t pairs;       // of the rope; 0: none
+  bool interleaved;
+  float scale;
+  int64_t window;      // 0: none
+  bool sparse;         // attends to a selection, its own indexer's or an earlier block's
+  BlockIndexer indexer;
+};
+
+// Gated feed-forward.
+struct MlpBlock {
+  BlockNorm norm;
+  Layer gate_up, down;
+  Activation activation;
 };
 
 // Multi-head latent attention, in the absorbed form.
@@ -159,7 +161,8 @@ struct CachedStep {
   const float* turns;        // [tokens, pairs] complex numbers
   const float* index_turns;
   const int64_t* rows;       // [tokens]: cache rows of the tokens' own keys
-  CachedRows first, second;  // keys and values; latents and index keys
+  CachedRows first, second;  // keys and values; latents
+  CachedRows index;          // index keys
   Sequences sequences;
   Selection* selection;      // read and written by blocks that select
 };

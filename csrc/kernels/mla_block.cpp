@@ -1,10 +1,7 @@
 // Latent attention as a block: see block.h. Queries are taken into the latent space, so that all heads read the same rows of
 // the cache: those of a selection, or all. Heads are shared among the threads where weights are a matrix a head.
-#include "kernels/block_parts.h"
+#include "kernels/block_indexer.h"
 #include "kernels/latent.h"
-#include "kernels/quantise.h"
-#include "kernels/rope.h"
-#include "kernels/select.h"
 
 namespace foveal::FOVEAL_ISA {
 namespace {
@@ -97,103 +94,6 @@ void keep_latents(const MlaBlock& block, const BlockStep& step, const CachedStep
                 width * bytes_of(format));
 }
 
-// Layer norm in float32, rounded to the format (foveal/nn/norm.py).
-template <class Number>
-void norm_key(const BlockIndexer& indexer, Number* key) {
-  const int64_t size = indexer.size;
-  float mean = 0, squares = 0;
-  Scratch scratch(size * sizeof(float));
-  float* wide = scratch.take<float>(size);
-  for (int64_t i = 0; i < size; i += F32::width) {
-    const int n = static_cast<int>(size - i < F32::width ? size - i : F32::width);
-    const F32 x = load_up_to(key + i, n);
-    store_partial(wide + i, x, n);
-    mean += sum(x);
-  }
-  mean /= static_cast<float>(size);
-  for (int64_t i = 0; i < size; ++i) squares += (wide[i] - mean) * (wide[i] - mean);
-  const float scale = 1.0f / __builtin_sqrtf(squares / static_cast<float>(size) + indexer.epsilon);
-  for (int64_t i = 0; i < size; ++i) wide[i] = (wide[i] - mean) * scale * indexer.key_weight[i] + indexer.key_bias[i];
-  for (int64_t i = 0; i < size; i += F32::width) {
-    const int n = static_cast<int>(size - i < F32::width ? size - i : F32::width);
-    store_partial(key + i, load_up_to(wide + i, n), n);
-  }
-}
-
-void turn_index(const MlaBlock& block, const BlockStep& step, const CachedStep& cache, char* x, int heads) {
-  const BlockIndexer& indexer = block.indexer;
-  const int64_t row = heads * indexer.size;
-  rope({x, row, indexer.size, x, row, indexer.size, cache.index_turns, step.tokens, heads, indexer.size, indexer.pairs,
-        indexer.interleaved, block.norm.format, step.threads});
-}
-
-bool has_eight_bits(const CachedRows& keys) { return keys.format == Format::e4m3 || keys.format == Format::int8; }
-
-void keep_index_keys(const MlaBlock& block, const BlockStep& step, const CachedStep& cache, const char* hidden) {
-  const BlockIndexer& indexer = block.indexer;
-  const Format format = block.norm.format;
-  Scratch scratch(step.tokens * indexer.size * bytes_of(format));
-  char* keys = scratch.take<char>(step.tokens * indexer.size * bytes_of(format));
-  apply(indexer.keys, hidden, keys, block.norm, step);
-  for (int64_t t = 0; t < step.tokens; ++t) {
-    char* key = at(keys, t * indexer.size, format);
-    format == Format::f32 ? norm_key(indexer, reinterpret_cast<float*>(key)) : norm_key(indexer, reinterpret_cast<bf16*>(key));
-  }
-  turn_index(block, step, cache, keys, 1);
-  if (has_eight_bits(cache.second))
-    return quantise_index({keys, indexer.size, format, cache.second.format, step.tokens, indexer.size, cache.rows,
-                           reinterpret_cast<uint8_t*>(cache.second.data), nullptr, cache.second.stride, step.threads});
-  for (int64_t t = 0; t < step.tokens; ++t)
-    convert(at(keys, t * indexer.size, format), format, cache.second.data + cache.rows[t] * cache.second.stride,
-            cache.second.format, indexer.size);
-}
-
-// Weights of the index heads, float32 [tokens, heads].
-void weigh_heads(const MlaBlock& block, const BlockStep& step, const char* hidden, float* weights) {
-  const BlockIndexer& indexer = block.indexer;
-  const int64_t numbers = step.tokens * block.norm.hidden;
-  Scratch scratch(numbers * sizeof(float));
-  float* wide = scratch.take<float>(numbers);
-  convert(hidden, block.norm.format, wide, Format::f32, numbers);
-  linear({wide, block.norm.hidden, indexer.weights.weight, indexer.weights.bias, weights, step.tokens, Format::f32,
-          step.threads});
-  for (int64_t i = 0; i < step.tokens * indexer.heads; ++i) weights[i] *= indexer.scale;
-}
-
-void choose(const MlaBlock& block, const BlockStep& step, const CachedStep& cache, const char* hidden, const char* latent) {
-  const BlockIndexer& indexer = block.indexer;
-  const Format format = block.norm.format;
-  const bool eight_bits = has_eight_bits(cache.second);
-  const int64_t rows = step.tokens * indexer.heads, numbers = rows * indexer.size;
-  Scratch scratch(numbers * (bytes_of(format) + 1) + 2 * rows * sizeof(float) + 4 * 64);
-  char* q = scratch.take<char>(numbers * bytes_of(format));
-  float* weights = scratch.take<float>(rows);
-  apply(indexer.queries, latent, q, block.norm, step);
-  turn_index(block, step, cache, q, indexer.heads);
-  weigh_heads(block, step, hidden, weights);
-  if (eight_bits) {
-    uint8_t* rounded = scratch.take<uint8_t>(numbers);
-    float* scales = scratch.take<float>(rows);
-    quantise_index({q, indexer.size, format, cache.second.format, rows, indexer.size, nullptr, rounded, scales, 0,
-                    step.threads});
-    for (int64_t i = 0; i < rows; ++i) weights[i] *= scales[i];
-    q = reinterpret_cast<char*>(rounded);
-  }
-  select({reinterpret_cast<const uint8_t*>(q), eight_bits ? cache.second.format : format, weights, indexer.heads,
-          indexer.size, {reinterpret_cast<const uint8_t*>(cache.second.data), cache.second.format, cache.second.stride},
-          cache.sequences, indexer.topk, cache.selection->room, step.threads});
-  cache.selection->places = cache.selection->room;
-}
-
-// Keeps index keys, and selects where a sequence is longer than a selection.
-void glance(const MlaBlock& block, const BlockStep& step, const CachedStep& cache, const char* hidden, const char* latent) {
-  keep_index_keys(block, step, cache, hidden);
-  bool longer = false;
-  for (int64_t s = 0; s < cache.sequences.count; ++s) longer = longer || cache.sequences.lengths[s] > block.indexer.topk;
-  cache.selection->topk = longer ? block.indexer.topk : 0;
-  if (longer) choose(block, step, cache, hidden, latent);
-}
-
 void attend(const MlaBlock& block, const BlockStep& step, const CachedStep& cache, const char* queries, char* out) {
   const bool selects = block.sparse && cache.selection->topk;
   latent_attention({queries, out, block.norm.format, cache.first.data, cache.first.stride, cache.first.format, block.heads,
@@ -226,7 +126,7 @@ void mla_block(const MlaBlock& block, const BlockStep& step, const CachedStep& c
 
   apply_norm(block.norm, step, memory.hidden);
   const char* from = query_latent(block, step, memory);
-  if (block.indexer.topk) glance(block, step, cache, memory.hidden, from);
+  if (block.indexer.topk) glance(block.norm, block.indexer, step, cache, memory.hidden, from);
   apply(block.q, from, memory.q, block.norm, step);
   apply(block.kv_a, memory.hidden, projected, block.norm, step);
   keep_latents(block, step, cache, projected, memory.latents);

@@ -55,7 +55,7 @@ MIXTURES = (
     MoEConfig(16, 3, 20, SIGMOID, shared_hidden=28),
     MoEConfig(6, 2, 20, SOFTMAX, shared_hidden=24, shared_gate=True, bias=True),
 )
-SPARSE = {
+SPARSE: dict[str, tuple[MLAConfig | GQAConfig, IndexerConfig | None]] = {
     "sparse": (LATENT, INDEXER),
     "without a query latent, biases": (
         replace(LATENT, q_lora_rank=None, bias=True),
@@ -63,6 +63,7 @@ SPARSE = {
     ),
     "no rope, rank of many registers": (replace(LATENT, rope=None, kv_lora_rank=150, nope_dim=33), INDEXER),
     "dense": (LATENT, None),
+    "grouped queries": (replace(PLAIN, qk_norm=True), replace(INDEXER, query_dim=HIDDEN)),
 }
 needs_kernels = pytest.mark.skipif(not ISAS, reason="no compiled kernels")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3e-2}

@@ -206,9 +206,9 @@ class Block(nn.Module):
 
     def _as_block(self) -> AnyBlock | None:
         operation, norm, indexer = self.operation, self.norm, self.indexer
-        if isinstance(operation, MLA) and not isinstance(indexer, Selector):
+        if isinstance(operation, GQA | MLA) and not isinstance(indexer, Selector):
             return operation.fused(norm, sparse=self.sparse, indexer=indexer.fused() if indexer else None)
-        if isinstance(operation, MLP | MoE | Mamba | Mamba2) or (isinstance(operation, GQA) and not self.sparse):
+        if isinstance(operation, MLP | MoE | Mamba | Mamba2):
             return operation.fused(norm)
         return None
 

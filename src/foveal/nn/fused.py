@@ -103,9 +103,5 @@ def _parts(cache: CacheStore, place: Place) -> CacheParts:
     block = cache.layers[place[0]][place[1]]
     assert block
     if block.state:
-        inputs, state = block.state.states
-        return inputs, state
-    if block.latent:
-        return block.latent.records, block.index.records if block.index else None
-    assert block.keys and block.values
-    return block.keys.records, block.values.records
+        return block.state.states
+    return [layout.records for layout in block.paged]

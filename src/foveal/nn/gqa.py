@@ -8,7 +8,7 @@ from torch import Tensor
 from foveal.cache.layouts import BlockCache
 from foveal.config.model import GQAConfig
 from foveal.kernels import KeySource, Queries, apply_rope, attention, sparse_attention, streaming_attention
-from foveal.kernels.cpu.mixer_blocks import GQABlock
+from foveal.kernels.cpu.mixer_blocks import GQABlock, IndexerPart
 from foveal.nn.fused import layer_of, norm_of
 from foveal.nn.linear import FusedLinear, Linear
 from foveal.nn.mixer import Mixer, by_form
@@ -94,7 +94,8 @@ class GQA(Mixer):
         forms = ["sparse" if length > topk else "dense" for length in step.contexts.lengths]
         return by_form(forms, run, step.queries, (q_THP, selection_TK))
 
-    def fused(self, norm: RMSNorm) -> GQABlock:
+    def fused(self, norm: RMSNorm, *, sparse: bool, indexer: IndexerPart | None) -> GQABlock:
         """The block of `norm`, this and a sum, for the kernels."""
         heads = (norm_of(self.q_norm), norm_of(self.k_norm)) if self.config.qk_norm else None
-        return GQABlock(self.config, norm_of(norm), layer_of(self.qkv_proj), layer_of(self.o_proj), heads)
+        qkv, out = layer_of(self.qkv_proj), layer_of(self.o_proj)
+        return GQABlock(self.config, norm_of(norm), qkv, out, heads, sparse, indexer)

@@ -127,6 +127,7 @@ def test_what_the_kernels_cannot_read_is_not_fusable() -> None:
     assert not replace(BLOCK, heads=(NORM, double)).fusable
     assert not replace(BLOCK, out=Layer(torch.randn(8, 8).bfloat16())).fusable
     assert not replace(BLOCK, out=Layer(torch.randn(8, 8).T)).fusable
+    assert not replace(BLOCK, sparse=True, config=replace(CONFIG, window=5)).fusable
     assert not replace(BLOCK, out=Layer(torch.randn(8, 8), torch.randn(8).bfloat16())).fusable
     feed_forward = MLPBlock(NORM, Layer(torch.randn(12, 8)), Layer(torch.randn(8, 6)), "silu")
     assert feed_forward.fusable and not replace(feed_forward, activation="gelu").fusable

@@ -35,10 +35,13 @@ class Layer:
 class CachedRows:
     """A cache as addresses, for as long as its tensors live."""
 
-    arguments: tuple[int, int, int, int, int, int]
-    """Of each part, where it begins, bytes from one row (or page) to the next, and its format."""
+    parts: list[tuple[int, int, int]]
+    """Of each of three where it begins, bytes from one row (or page) to the next, and its format; NO_PART."""
     rows: int
 
+
+NO_PART = (0, 0, 0)
+"""Of a cache that has less."""
 
 NO_LAYER = (0,) * 8
 """The arguments of a layer that is not there."""

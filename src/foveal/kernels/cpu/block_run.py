@@ -22,7 +22,7 @@ Turns = tuple[Tensor | None, Tensor | None]
 class KeyPlaces:
     """Where the mixers' caches are: checked addresses, for as long as their tensors live."""
 
-    caches: list[tuple[int, int, int, int, int, int]]
+    caches: list[list[tuple[int, int, int]]]
     rows: int
     """Of keys; -1 where no block has any."""
     slots: int
@@ -37,7 +37,7 @@ class BlockRun:
         self._blocks = list(blocks)  # keeps the weights alive
         self._mixers = [block for block in blocks if isinstance(block, MixerBlock)]
         self._pairs = [pairs_of(rope) for block in self._mixers for rope in block.ropes]
-        indexers = [block.indexer for block in self._mixers if isinstance(block, MLABlock) and block.indexer]
+        indexers = [one.indexer for one in self._mixers if isinstance(one, GQABlock | MLABlock) and one.indexer]
         self._topk = max((indexer.config.topk for indexer in indexers), default=0)
         self._like_1D = blocks[0].norm.weight_X[None]
         assert all(block.norm.weight_X.dtype == self._like_1D.dtype for block in blocks)
@@ -54,7 +54,7 @@ class BlockRun:
         has_keys = [isinstance(block, GQABlock | MLABlock) for block in self._mixers]
         rows = min((one.rows for one, keys in zip(known, has_keys, strict=True) if keys), default=-1)
         slots = min((one.rows for one, keys in zip(known, has_keys, strict=True) if not keys), default=0)
-        return KeyPlaces([one.arguments for one in known], rows, slots)
+        return KeyPlaces([one.parts for one in known], rows, slots)
 
     def __call__(
         self,

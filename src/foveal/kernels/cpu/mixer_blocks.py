@@ -1,6 +1,7 @@
 """Residual blocks that mix tokens, x + mixer(norm(x)), as the compiled kernels take them (csrc/kernels/block.h)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from foveal.config.model import GQAConfig, IndexerConfig, Mamba2Config, MambaConfig, MLAConfig, RopeConfig
 from foveal.kernels.cpu.block_parts import (
     NO_LAYER,
+    NO_PART,
     CachedRows,
     Layer,
     Norm,
@@ -27,67 +29,13 @@ from foveal.kernels.cpu.selection import stored_keys
 from foveal.kernels.keys import Records, Rows
 from foveal.kernels.records import IndexKeyRecords, LatentRecords
 
-CacheParts = tuple[Records | Tensor, Records | Tensor | None]
-"""Keys and values, latents and index keys where the block has an indexer, or the tensors of recurrent states."""
-
-
-@dataclass(frozen=True)
-class GQABlock:
-    """x + attention(norm(x)). heads: the norms of queries and keys, where there are any."""
-
-    config: GQAConfig
-    norm: Norm
-    qkv: Layer
-    out: Layer
-    heads: tuple[Norm, Norm] | None = None
-
-    @property
-    def ropes(self) -> tuple[RopeConfig | None, RopeConfig | None]:
-        """Whose turns it needs: of queries and keys, and of an indexer."""
-        return self.config.rope, None
-
-    @property
-    def fusable(self) -> bool:
-        """Whether the kernels can read its weights and compute what it asks for."""
-        if self.config.gated or self.config.sinks:
-            return False
-        return can_turn(self.ropes) and readable([self.norm, *(self.heads or ())], [self.qkv, self.out])
-
-    def native(self, kernels: Kernels) -> Any:
-        """`GqaBlock` of csrc/kernels/block.h."""
-        config, hidden = self.config, len(self.norm.weight_X)
-        query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        assert self.qkv.weight.shape == (query + 2 * key, hidden) and self.out.weight.shape == (hidden, query)
-        return kernels.run.GqaBlock(
-            norm_arguments(self.norm),
-            layer_arguments(self.qkv),
-            layer_arguments(self.out),
-            tuple(address(one.weight_X) for one in self.heads) if self.heads else (0, 0),
-            (config.heads, config.kv_heads, config.head_dim),
-            pairs_of(config.rope),
-            bool(config.rope and config.rope.interleaved),
-            config.scale,
-            config.window or 0,
-        )
-
-    def cached(self, parts: CacheParts) -> CachedRows | None:
-        """Keys and values [rows, G, P]; ValueError where they are not this block's."""
-        row, dtype = (self.config.kv_heads, self.config.head_dim), self.norm.weight_X.dtype
-        places: list[int] = []
-        counts = []
-        for part in parts:
-            assert isinstance(part, Rows)
-            values = part.values
-            if values.shape[1:] != row or values.dtype != dtype or not values.is_contiguous():
-                raise ValueError(f"{values.dtype} {list(values.shape)} is not the cache of a block with keys of {row}")
-            places += address(values), values.stride(0) * values.itemsize, FORMATS[dtype]
-            counts.append(len(values))
-        return CachedRows((*places[:3], *places[3:]), min(counts))  # type: ignore[arg-type]
+CacheParts = Sequence[Records | Tensor]
+"""Keys and values, or latents, then index keys where the block has an indexer; or the tensors of recurrent states."""
 
 
 @dataclass(frozen=True)
 class IndexerPart:
-    """The lightning indexer beside latent attention.
+    """The lightning indexer beside a mixer.
 
     weights: float32; key_norm: float32 weight and bias [J]; stored: what keys are kept as, a dtype, "fp8" or "int8".
     """
@@ -110,6 +58,16 @@ class IndexerPart:
             and self.weights.bias is None
         )
 
+    def cached(self, records: Records) -> tuple[tuple[int, int, int], int]:
+        """Where its keys are, and how many rows there are; ValueError where they are not its own."""
+        assert isinstance(records, Rows | IndexKeyRecords)
+        data, kind, stride, count, size = stored_keys(records)
+        stored = records.dtype if isinstance(records, IndexKeyRecords) else records.values.dtype
+        if size != self.config.head_dim or stored != self.stored:
+            wanted = f"{self.stored} index keys of {self.config.head_dim} numbers"
+            raise ValueError(f"a cache of {stored} index keys of {size} numbers is not that of a block with {wanted}")
+        return (address(data), stride, kind), count
+
     @property
     def arguments(self) -> tuple[Any, ...]:
         """`IndexerArguments` of csrc/bindings/block.cpp."""
@@ -123,6 +81,66 @@ class IndexerPart:
 
 
 _NO_INDEXER = (NO_LAYER, NO_LAYER, NO_LAYER, 0, 0, 0.0, 0, 0, 0, False, 0.0, 0)
+
+
+@dataclass(frozen=True)
+class GQABlock:
+    """x + attention(norm(x)). heads: the norms of queries and keys, where there are any; sparse: see `MLABlock`."""
+
+    config: GQAConfig
+    norm: Norm
+    qkv: Layer
+    out: Layer
+    heads: tuple[Norm, Norm] | None = None
+    sparse: bool = False
+    indexer: IndexerPart | None = None
+
+    @property
+    def ropes(self) -> tuple[RopeConfig | None, RopeConfig | None]:
+        """Whose turns it needs: of queries and keys, and of an indexer."""
+        return self.config.rope, self.indexer.config.rope if self.indexer else None
+
+    @property
+    def fusable(self) -> bool:
+        """Whether the kernels can read its weights and compute what it asks for."""
+        if self.config.gated or self.config.sinks or (self.sparse and self.config.window):
+            return False
+        layers = [self.qkv, self.out, *([self.indexer.queries, self.indexer.keys] if self.indexer else [])]
+        indexer = self.indexer is None or self.indexer.fusable
+        return indexer and can_turn(self.ropes) and readable([self.norm, *(self.heads or ())], layers)
+
+    def native(self, kernels: Kernels) -> Any:
+        """`GqaBlock` of csrc/kernels/block.h."""
+        config, hidden = self.config, len(self.norm.weight_X)
+        query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        assert self.qkv.weight.shape == (query + 2 * key, hidden) and self.out.weight.shape == (hidden, query)
+        return kernels.run.GqaBlock(
+            norm_arguments(self.norm),
+            layer_arguments(self.qkv),
+            layer_arguments(self.out),
+            tuple(address(one.weight_X) for one in self.heads) if self.heads else (0, 0),
+            (config.heads, config.kv_heads, config.head_dim),
+            pairs_of(config.rope),
+            bool(config.rope and config.rope.interleaved),
+            config.scale,
+            config.window or 0,
+            self.sparse,
+            self.indexer.arguments if self.indexer else _NO_INDEXER,
+        )
+
+    def cached(self, parts: CacheParts) -> CachedRows | None:
+        """Keys and values [rows, G, P], and index keys; ValueError where they are not this block's."""
+        keys, values, *index = parts
+        row, dtype = (self.config.kv_heads, self.config.head_dim), self.norm.weight_X.dtype
+        places = []
+        for part in (keys, values):
+            assert isinstance(part, Rows)
+            rows = part.values
+            if rows.shape[1:] != row or rows.dtype != dtype or not rows.is_contiguous():
+                raise ValueError(f"{rows.dtype} {list(rows.shape)} is not the cache of a block with keys of {row}")
+            places.append((address(rows), rows.stride(0) * rows.itemsize, FORMATS[dtype]))
+        assert isinstance(keys, Rows) and isinstance(values, Rows)
+        return _with_index(places, min(len(keys.values), len(values.values)), self.indexer, index)
 
 
 @dataclass(frozen=True)
@@ -182,7 +200,7 @@ class MLABlock:
     def cached(self, parts: CacheParts) -> CachedRows | None:
         """Latents and index keys; None where they are kept as something that the kernels do not read for this dtype.
         ValueError where they are not this block's."""
-        latents, index = parts
+        latents, *index = parts
         config = self.config
         if isinstance(latents, LatentRecords):
             rows, kind = latents.bytes_, FORMATS[torch.float8_e4m3fn]
@@ -192,15 +210,7 @@ class MLABlock:
             return None
         check_widths(config.kv_lora_rank + config.rope_dim, config.kv_lora_rank, rows)
         of_latents = address(rows), rows.stride(0) * rows.itemsize, kind
-        if self.indexer is None:
-            return CachedRows((*of_latents, 0, 0, 0), len(rows))
-        assert isinstance(index, Rows | IndexKeyRecords)
-        data, index_kind, stride, count, size = stored_keys(index)
-        stored = index.dtype if isinstance(index, IndexKeyRecords) else index.values.dtype
-        if size != self.indexer.config.head_dim or stored != self.indexer.stored:
-            wanted = f"{self.indexer.stored} index keys of {self.indexer.config.head_dim} numbers"
-            raise ValueError(f"a cache of {stored} index keys of {size} numbers is not that of a block with {wanted}")
-        return CachedRows((*of_latents, address(data), stride, index_kind), min(len(rows), count))
+        return _with_index([of_latents, NO_PART], len(rows), self.indexer, index)
 
 
 @dataclass(frozen=True)
@@ -237,15 +247,13 @@ class _RecurrentBlock:
         """The convolution's inputs [slots, W - 1, X] and the states [slots, ...]; ValueError where they are not this
         block's."""
         wanted = [(self.config.inputs_shape, self.norm.weight_X.dtype), (self.config.state_shape, torch.float32)]
-        places: list[int] = []
-        counts = []
+        places = []
         for (shape, dtype), values in zip(wanted, parts, strict=True):
             assert isinstance(values, Tensor)
             if values.shape[1:] != shape or values.dtype != dtype or not values.is_contiguous():
                 raise ValueError(f"{values.dtype} {list(values.shape)} is not the state of a block with {list(shape)}")
-            places += address(values), values.stride(0) * values.itemsize, FORMATS[dtype]
-            counts.append(len(values))
-        return CachedRows((*places[:3], *places[3:]), min(counts))  # type: ignore[arg-type]
+            places.append((address(values), values.stride(0) * values.itemsize, FORMATS[dtype]))
+        return CachedRows([*places, NO_PART], min(len(values) for values in parts if isinstance(values, Tensor)))
 
 
 @dataclass(frozen=True)
@@ -321,3 +329,15 @@ class Mamba2Block(_RecurrentBlock):
             address(self.out_norm.weight_X),
             [config.heads, config.head_dim, config.state, config.groups],
         )
+
+
+def _with_index(
+    places: list[tuple[int, int, int]], rows: int, indexer: IndexerPart | None, index: Sequence[Records | Tensor]
+) -> CachedRows:
+    """What a block keeps, and its index keys where it has an indexer."""
+    if indexer is None:
+        return CachedRows([*places, NO_PART], rows)
+    (records,) = index
+    assert not isinstance(records, Tensor)
+    place, count = indexer.cached(records)
+    return CachedRows([*places, place], min(rows, count))
