@@ -16,7 +16,7 @@
 namespace foveal {
 namespace {
 
-using AnyBlock = std::variant<GqaBlock, MlaBlock, MambaBlock, Mamba2Block, MlpBlock, MoeBlock>;
+using AnyBlock = std::variant<GqaBlock, MlaBlock, MambaBlock, Mamba2Block, DeltaBlock, MlpBlock, MoeBlock>;
 
 // Blocks that follow one another.
 struct Blocks {
@@ -148,6 +148,17 @@ void bind_block_types(nb::module_& module) {
                                reading<float>(d), reading<float>(bias), dt_limits[0], dt_limits[1], reading<void>(out_norm),
                                heads, dim, state, groups};
       });
+  nb::class_<DeltaBlock>(module, "DeltaBlock")
+      .def("__init__", [](DeltaBlock* self, NormArguments norm, std::array<LayerArguments, 7> in_ba_f_a_f_b_g_a_g_b_out,
+                          ConvArguments conv, std::array<Address, 3> a_bias_norm,
+                          std::array<int64_t, 4> heads_groups_keys_values) {
+        const auto& [in, ba, f_a, f_b, g_a, g_b, out] = in_ba_f_a_f_b_g_a_g_b_out;
+        const auto [a, bias, out_norm] = a_bias_norm;
+        const auto [heads, groups, keys, values] = heads_groups_keys_values;
+        new (self) DeltaBlock{norm_at(norm), layer_at(in), layer_at(ba), layer_at(f_a), layer_at(f_b), layer_at(g_a),
+                              layer_at(g_b), layer_at(out), conv_at(conv), reading<float>(a), reading<float>(bias),
+                              reading<void>(out_norm), heads, groups, keys, values};
+      });
   nb::class_<MlpBlock>(module, "MlpBlock")
       .def("__init__", [](MlpBlock* self, NormArguments norm, LayerArguments gate_up, LayerArguments down,
                           int activation) {
@@ -168,6 +179,7 @@ void bind_block(nb::module_& module, Isa isa) {
   module.attr("MlaBlock") = nb::type<MlaBlock>();
   module.attr("MambaBlock") = nb::type<MambaBlock>();
   module.attr("Mamba2Block") = nb::type<Mamba2Block>();
+  module.attr("DeltaBlock") = nb::type<DeltaBlock>();
   module.attr("MlpBlock") = nb::type<MlpBlock>();
   module.attr("MoeBlock") = nb::type<MoeBlock>();
   module.attr("Blocks") = nb::type<Blocks>();
@@ -177,7 +189,7 @@ void bind_block(nb::module_& module, Isa isa) {
   module.def(
       "run_blocks",
       [gqa = FOVEAL_PICK(isa, gqa_block), mla = FOVEAL_PICK(isa, mla_block), mamba = FOVEAL_PICK(isa, mamba_block),
-       mamba2 = FOVEAL_PICK(isa, mamba2_block), mlp = FOVEAL_PICK(isa, mlp_block), moe = FOVEAL_PICK(isa, moe_block)](
+       mamba2 = FOVEAL_PICK(isa, mamba2_block), delta = FOVEAL_PICK(isa, delta_block), kda = FOVEAL_PICK(isa, kda_block), mlp = FOVEAL_PICK(isa, mlp_block), moe = FOVEAL_PICK(isa, moe_block)](
           const Blocks& blocks, Address x, Address out, int64_t tokens,
           const std::vector<std::pair<Address, Address>>& turns, Address rows, const std::vector<CachedArguments>& caches,
           int64_t cache_rows, SlotArguments slot_arguments,
@@ -215,6 +227,8 @@ void bind_block(nb::module_& module, Isa isa) {
             mamba(*first, step, states());
           else if (const Mamba2Block* second = std::get_if<Mamba2Block>(&block))
             mamba2(*second, step, states());
+          else if (const DeltaBlock* rule = std::get_if<DeltaBlock>(&block))
+            (is_there(rule->f_a) ? kda : delta)(*rule, step, states());
           else if (const MoeBlock* mixture = std::get_if<MoeBlock>(&block))
             moe(*mixture, step);
           else

@@ -135,6 +135,21 @@ struct Mamba2Block {
   int64_t heads, head_dim, state, groups;
 };
 
+// The gated delta rule, and Kimi Delta Attention (KDA), which has a decay for each key and makes it and the output's gates
+// through a bottleneck.
+struct DeltaBlock {
+  BlockNorm norm;
+  Layer in;                 // [q, k, v, z] of each group; of KDA all q, k, v
+  Layer ba;                 // [beta, dt] of each group; of KDA all beta
+  Layer f_a, f_b, g_a, g_b; // of KDA: to dt and to the gates
+  Layer out;
+  BlockConv conv;
+  const float* a;           // [heads]
+  const float* dt_bias;     // [heads], of KDA [heads, keys]
+  const void* out_norm;     // [values]
+  int64_t heads, groups, keys, values;
+};
+
 // The tokens of a step and where their keys are.
 struct BlockStep {
   const void* x;       // [tokens, hidden]
@@ -180,6 +195,8 @@ struct StateStep {
   void mla_block(const MlaBlock&, const BlockStep&, const CachedStep&);     \
   void mamba_block(const MambaBlock&, const BlockStep&, const StateStep&);  \
   void mamba2_block(const Mamba2Block&, const BlockStep&, const StateStep&);\
+  void delta_block(const DeltaBlock&, const BlockStep&, const StateStep&);  \
+  void kda_block(const DeltaBlock&, const BlockStep&, const StateStep&);    \
   void mlp_block(const MlpBlock&, const BlockStep&);                        \
   void moe_block(const MoeBlock&, const BlockStep&);                        \
   }

@@ -13,14 +13,17 @@ from foveal.config import ModelConfig
 from foveal.config.formats import PAGE_SIZE
 from foveal.config.model import (
     BlockConfig,
+    GatedDeltaConfig,
     GQAConfig,
     IndexerConfig,
+    KDAConfig,
     LayerConfig,
     Mamba2Config,
     MambaConfig,
     MLAConfig,
     MLPConfig,
     MoEConfig,
+    RecurrentConfig,
     RopeConfig,
     RouterConfig,
 )
@@ -198,7 +201,9 @@ def test_latent_caches(isa: str, dtype: torch.dtype, kv: str, index: str, monkey
     assert torch.cat(errors).median() < (1e-3 if dtype == torch.float32 else 2e-2)
 
 
-RECURRENT = {
+RECURRENT: dict[str, RecurrentConfig] = {
+    "gated delta": GatedDeltaConfig(heads=6, key_heads=2, key_dim=12, value_dim=20, conv=4),
+    "kda": KDAConfig(heads=3, head_dim=20, conv=4),
     "mamba": MambaConfig(inner=56, state=16, conv=4, dt_rank=5, norms=False),
     "jamba": MambaConfig(inner=56, state=10, conv=4, dt_rank=5, conv_bias=False, proj_bias=True),
     "mamba 2": Mamba2Config(heads=6, head_dim=12, state=16, groups=2, conv=4),
@@ -206,7 +211,7 @@ RECURRENT = {
 }
 
 
-def make_hybrid(mixer: MambaConfig | Mamba2Config) -> ModelConfig:
+def make_hybrid(mixer: RecurrentConfig) -> ModelConfig:
     """Two recurrent layers beside one of attention."""
     mixers = (mixer, PLAIN, mixer)
     layers = tuple((BlockConfig(each), BlockConfig(MLPConfig(56))) for each in mixers)

@@ -208,7 +208,7 @@ class Block(nn.Module):
         operation, norm, indexer = self.operation, self.norm, self.indexer
         if isinstance(operation, GQA | MLA) and not isinstance(indexer, Selector):
             return operation.fused(norm, sparse=self.sparse, indexer=indexer.fused() if indexer else None)
-        if isinstance(operation, MLP | MoE | Mamba | Mamba2):
+        if isinstance(operation, MLP | MoE | Mamba | Mamba2 | GatedDelta | KDA):
             return operation.fused(norm)
         return None
 

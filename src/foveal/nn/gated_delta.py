@@ -7,6 +7,8 @@ from torch.nn.functional import silu, softplus
 from foveal.config.model import GatedDeltaConfig
 from foveal.kernels import Queries, causal_conv, delta_rule
 from foveal.kernels.activation import ACTIVATIONS
+from foveal.kernels.cpu.mixer_blocks import DeltaBlock
+from foveal.nn.fused import layer_of, norm_of
 from foveal.nn.linear import ExactLinear, Linear
 from foveal.nn.norm import RMSNorm
 from foveal.nn.recurrent import Convolution, Recurrent, unit
@@ -46,6 +48,15 @@ class GatedDelta(Recurrent):
         )
         o_THV = self.norm(o_THV.to(x_TD.dtype)) * silu(z_THV.float())
         return self.out_proj(o_THV.to(x_TD.dtype).flatten(1)), inputs_SWX, state_S
+
+    def fused(self, norm: RMSNorm) -> DeltaBlock:
+        """The block of `norm`, this and a sum, for the kernels."""
+        assert norm.eps == self.norm.eps
+        projections = layer_of(self.in_proj_qkvz), layer_of(self.in_proj_ba), layer_of(self.out_proj)
+        conv = self.conv1d.fused(self.config.activation)
+        a_H = -self.A_log.detach().exp()
+        own = norm_of(self.norm)
+        return DeltaBlock(self.config, norm_of(norm), projections, None, conv, a_H, self.dt_bias, own)
 
     def _project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the convolution reads, [T, X]; output gates, [T, H, V]; learning rates and time steps, [T, H] each. In

@@ -7,6 +7,8 @@ from torch.nn.functional import softplus
 from foveal.config.model import KDAConfig
 from foveal.kernels import Queries, causal_conv, delta_rule
 from foveal.kernels.activation import ACTIVATIONS
+from foveal.kernels.cpu.mixer_blocks import DeltaBlock
+from foveal.nn.fused import layer_of, norm_of
 from foveal.nn.linear import ExactLinear, FusedLinear, Linear
 from foveal.nn.norm import RMSNorm
 from foveal.nn.recurrent import FusedConvolution, Recurrent, unit
@@ -50,3 +52,13 @@ class KDA(Recurrent):
         gate_THP = self.g_b_proj(self.g_a_proj(x_TD)).float().sigmoid().unflatten(-1, (heads, dim))
         o_THP = self.o_norm(o_THP.to(x_TD.dtype)) * gate_THP
         return self.o_proj(o_THP.to(x_TD.dtype).flatten(1)), inputs_SWX, state_S
+
+    def fused(self, norm: RMSNorm) -> DeltaBlock:
+        """The block of `norm`, this and a sum, for the kernels."""
+        assert norm.eps == self.o_norm.eps
+        projections = layer_of(self.qkv_proj), layer_of(self.b_proj), layer_of(self.o_proj)
+        f_a, f_b, g_a, g_b = map(layer_of, (self.f_a_proj, self.f_b_proj, self.g_a_proj, self.g_b_proj))
+        conv = self.qkv_conv1d.fused(self.config.activation)
+        a_H = -self.A_log.detach().exp().flatten()
+        own = norm_of(self.o_norm)
+        return DeltaBlock(self.config, norm_of(norm), projections, (f_a, f_b, g_a, g_b), conv, a_H, self.dt_bias, own)

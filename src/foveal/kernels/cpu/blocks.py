@@ -11,7 +11,7 @@ from foveal.kernels.cpu.activation import COMPILED
 from foveal.kernels.cpu.block_parts import Layer, Norm, layer_arguments, norm_arguments, readable
 from foveal.kernels.cpu.library import Kernels, address
 from foveal.kernels.cpu.linear import takes_weight, weight_arguments
-from foveal.kernels.cpu.mixer_blocks import GQABlock, Mamba2Block, MambaBlock, MLABlock
+from foveal.kernels.cpu.mixer_blocks import DeltaBlock, GQABlock, Mamba2Block, MambaBlock, MLABlock
 from foveal.kernels.matmul import QuantisedWeight
 
 
@@ -88,5 +88,5 @@ class MoEBlock:
         )
 
 
-MixerBlock = GQABlock | MLABlock | MambaBlock | Mamba2Block
+MixerBlock = GQABlock | MLABlock | MambaBlock | Mamba2Block | DeltaBlock
 AnyBlock = MixerBlock | MLPBlock | MoEBlock

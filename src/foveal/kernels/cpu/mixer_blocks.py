@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveal.config.model import GQAConfig, IndexerConfig, Mamba2Config, MambaConfig, MLAConfig, RopeConfig
+from foveal.config.model import (
+    GatedDeltaConfig,
+    GQAConfig,
+    IndexerConfig,
+    KDAConfig,
+    Mamba2Config,
+    MambaConfig,
+    MLAConfig,
+    RopeConfig,
+)
 from foveal.kernels.cpu.block_parts import (
     NO_LAYER,
     NO_PART,
@@ -235,7 +244,7 @@ class ConvPart:
 class _RecurrentBlock:
     """A block that keeps a state for each sequence instead of something for each token."""
 
-    config: MambaConfig | Mamba2Config
+    config: MambaConfig | Mamba2Config | GatedDeltaConfig | KDAConfig
     norm: Norm
 
     @property
@@ -328,6 +337,49 @@ class Mamba2Block(_RecurrentBlock):
             list(config.dt_limits or (0.0, math.inf)),
             address(self.out_norm.weight_X),
             [config.heads, config.head_dim, config.state, config.groups],
+        )
+
+
+@dataclass(frozen=True)
+class DeltaBlock(_RecurrentBlock):
+    """The gated delta rule, or KDA.
+
+    projections: in, b and a, out; gates: of KDA, f_a, f_b, g_a and g_b; a_H: float32, negative; dt_bias_X: float32;
+    out_norm: of each head.
+    """
+
+    config: GatedDeltaConfig | KDAConfig
+    norm: Norm
+    projections: tuple[Layer, Layer, Layer]
+    gates: tuple[Layer, Layer, Layer, Layer] | None
+    conv: ConvPart
+    a_H: Tensor
+    dt_bias_X: Tensor
+    out_norm: Norm
+
+    @property
+    def fusable(self) -> bool:
+        """See `GQABlock.fusable`."""
+        return (
+            self.conv.fusable(self.norm.weight_X.dtype)
+            and readable([self.norm, self.out_norm], [*self.projections, *(self.gates or ())])
+            and all(x.dtype == torch.float32 and x.is_contiguous() for x in (self.a_H, self.dt_bias_X))
+        )
+
+    def native(self, kernels: Kernels) -> Any:
+        """`DeltaBlock` of csrc/kernels/block.h."""
+        config = self.config
+        if isinstance(config, KDAConfig):
+            sizes = [config.heads, config.heads, config.head_dim, config.head_dim]
+        else:
+            sizes = [config.heads, config.key_heads, config.key_dim, config.value_dim]
+        into, ba, out = self.projections
+        return kernels.run.DeltaBlock(
+            norm_arguments(self.norm),
+            [layer_arguments(layer) for layer in (into, ba, *(self.gates or (None,) * 4), out)],
+            self.conv.arguments,
+            [address(self.a_H), address(self.dt_bias_X), address(self.out_norm.weight_X)],
+            sizes,
         )
 
 
