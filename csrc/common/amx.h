@@ -26,6 +26,10 @@ FOVEAL_INLINE void load_tile(const void* p, int64_t stride) {
   for (int r = 0; r < AMX; ++r) std::memcpy(tile_words[T][r], static_cast<const char*>(p) + r * stride, 64);
 }
 template <int T>
+FOVEAL_INLINE void stream_tile(const void* p, int64_t stride) {
+  load_tile<T>(p, stride);
+}
+template <int T>
 FOVEAL_INLINE void store_tile(void* p, int64_t stride) {
   for (int r = 0; r < AMX; ++r) std::memcpy(static_cast<char*>(p) + r * stride, tile_words[T][r], 64);
 }
@@ -82,6 +86,11 @@ struct Tiles {
 template <int T>
 FOVEAL_INLINE void load_tile(const void* p, int64_t stride) {
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(T) : "memory");
+}
+// The same for what is not wanted again soon, and should leave the level-one cache to others.
+template <int T>
+FOVEAL_INLINE void stream_tile(const void* p, int64_t stride) {
+  __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(T) : "memory");
 }
 template <int T>
 FOVEAL_INLINE void store_tile(void* p, int64_t stride) {

@@ -103,9 +103,21 @@ FOVEAL_INLINE void multiply_last_rows(
 }
 
 #if defined(FOVEAL_AMX)
+struct NoStep {
+  void operator()() const {}
+};
+
+// A tile of A, which passes by once while B stays in the level-one cache (`streamed`), or is wanted for other columns too.
+template <int T, bool streamed>
+FOVEAL_INLINE void load_left(const Word* a, int64_t stride) {
+  streamed ? stream_tile<T>(a, stride * 4) : load_tile<T>(a, stride * 4);
+}
+
 // C[16 BLOCKS, 16 N] (+)= A . B, sums of floats, or of whole numbers. B: for each word, its 16 N columns side by side.
-template <class Dot, int BLOCKS, int N, class Sum>
-inline void multiply_tiles(const Word* a, int64_t a_stride, const Word* b, int words, Sum* c, int64_t c_stride, bool add) {
+// Calls each_step() after every BLOCKS N products, which leave time for other work.
+template <class Dot, int BLOCKS, int N, bool streamed = false, class Sum, class Step = NoStep>
+FOVEAL_INLINE void multiply_tiles(const Word* a, int64_t a_stride, const Word* b, int words, Sum* c, int64_t c_stride, bool add,
+                                  Step each_step = {}) {
   static_assert(BLOCKS <= 2 && N <= 2, "four tiles of sums");
   constexpr int columns = N * AMX;
   Sum* lower = c + AMX * c_stride;
@@ -118,11 +130,12 @@ inline void multiply_tiles(const Word* a, int64_t a_stride, const Word* b, int w
     zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
   }
   for (int w = 0; w < words; w += AMX, b += AMX * columns) {
-    load_tile<4>(a + w, a_stride * 4), load_tile<6>(b, columns * 4);
+    load_left<4, streamed>(a + w, a_stride), load_tile<6>(b, columns * 4);
     Dot::template multiply_tile<0, 4, 6>();
     if (N == 2) load_tile<7>(b + AMX, columns * 4), Dot::template multiply_tile<1, 4, 7>();
-    if (BLOCKS == 2) load_tile<5>(a + AMX * a_stride + w, a_stride * 4), Dot::template multiply_tile<2, 5, 6>();
+    if (BLOCKS == 2) load_left<5, streamed>(a + AMX * a_stride + w, a_stride), Dot::template multiply_tile<2, 5, 6>();
     if (BLOCKS == 2 && N == 2) Dot::template multiply_tile<3, 5, 7>();
+    each_step();
   }
   store_tile<0>(c, c_stride * 4);
   if (N == 2) store_tile<1>(c + AMX, c_stride * 4);

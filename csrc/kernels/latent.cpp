@@ -1,13 +1,13 @@
 // Absorbed latent attention, dense and over a selection.
 //
-// The columns of all products are (query, head) pairs, so that a product never has to be transposed: for a tile of 64 keys
+// The columns of all products are (query, head) pairs, so that a product never has to be transposed: for a tile of keys
 //   scores[key, column]   =  keys[key, word]       . q[word, column]
 //   out[value, column]   +=  keys^T[value, key]    . exp(scores - maximum)[key, column]
-// (latent_products.h; with AMX the second one is made the other way round). The tile is gathered once into words that the products broadcast (floats; pairs of bf16 where the machine multiplies
-// those), 144 KiB for DeepSeek-V3 in float, and serves up to COLUMNS columns: one query's heads over a selection, heads
-// of several queries of a sequence otherwise. It stays in the level-two cache while the panels of q and out (36 and 32
-// KiB for 16 columns) pass by. Rows that are floats already and lie in order are read where they are. The next tile's rows
-// are prefetched while the first panel is multiplied.
+// (latent_products.h; with AMX the second one is made the other way round). The tile is gathered once into words that the products
+// broadcast (floats; pairs of bf16 where the machine multiplies those), 64 keys and 144 KiB for DeepSeek-V3 in float, and serves up
+// to COLUMNS columns: one query's heads over a selection, heads of several queries of a sequence otherwise. It stays in the
+// level-two cache while the panels of q and out (36 and 32 KiB for 16 columns) pass by. Rows that have the words' format already
+// and lie in order are read where they are: floats, and by AMX keys of bf16. The next tile's rows are prefetched all the while.
 //
 // Softmax: a column keeps a maximum and a sum. The maximum may lag behind the true one by LAG: only beyond that are out
 // and sum scaled down, which is seldom after the first tiles.
@@ -23,8 +23,6 @@
 namespace foveal::FOVEAL_ISA {
 namespace {
 
-constexpr int TILE = LATENT_TILE;
-static_assert(TILE == PAGE_SIZE, "the rows of a dense tile lie in order");
 constexpr int COLUMNS = 4 * PANEL;                 // of one block
 constexpr int64_t LATENT_BLOCK = 128;              // numbers that share a scale, as in foveal/config/formats.py
 constexpr float LAG = 8.0f;                        // weights reach e^8
@@ -48,24 +46,39 @@ struct State {
 };
 
 struct Worker {
-  Word* q;        // panels [words, columns]
-  float* scores;  // [TILE, PANEL]; the weights where a word is a float
-  Word* keys;     // [TILE, stride]; the values too where a word is a float
-  Word* weights;  // where a word is a pair, of keys: [TILE / 2, PANEL]
-  Word* values;   // likewise: [TILE / 2, value_stride]
+  Word* q;              // panels [words, columns]
+  const Block* packed;  // whose queries these are
+  float* scores;        // [TILE, PANEL]; the weights where a word is a float
+  Word* keys;           // [TILE, stride]; the values too where a word is a float
+  Word* weights;        // where a word is a pair, of keys: TILE / 2 for each column of a panel
+  Word* values;         // likewise: [TILE / 2, value_stride]
   State state;
+};
+
+// Keys [start, stop) of a block.
+struct Piece {
+  const Block* block;
+  int64_t start, stop;
 };
 
 struct Tile {
   int count;
   Left keys, values;
   int value_words;
+  const char* const* rows;  // where whole blocks of keys are read where they are stored, otherwise null
 };
 
-// Rows that the next tile will read.
-struct Prefetch {
+// Rows that the next tile will read: fetched a few at a time, all at once would wait for the memory.
+struct Ahead {
   const char* const* rows;
   int count;
+  int64_t row_bytes;
+
+  // Those of a step of so much work.
+  FOVEAL_INLINE void fetch(int64_t step, int64_t steps) const {
+    for (int64_t i = count * step / steps; i < count * (step + 1) / steps; ++i)
+      for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(rows[i] + byte, 0, 2);
+  }
 };
 
 template <class Dot>
@@ -75,13 +88,15 @@ class Attention {
       : call(call),
         words(row_words<Dot>(static_cast<int>(call.width))),
         stride(odd_lines(words)),
-        value_stride(Dot::numbers == 1 ? 0 : odd_lines(call.rank)),
-        sums_size(Products<Dot>::size(call.rank)) {}
+        sums_size(Products<Dot>::size(call.rank)),
+        value_stride(Dot::numbers == 1 ? 0 : odd_lines(sums_size)) {}
 
   void run() const;
 
  private:
   using Number = typename Dot::Number;
+  static constexpr int TILE = Products<Dot>::KEYS;
+  static_assert(Dot::numbers == 2 || TILE == PAGE_SIZE, "the rows of a dense tile of floats lie in order");
 
   int64_t blocks_of(int64_t sequence) const;
   void fill_blocks(Block* blocks) const;
@@ -90,25 +105,30 @@ class Attention {
   int64_t worker_bytes() const;
   Worker take_worker(Scratch& scratch) const;
 
-  void attend(const Block& block, int64_t start, int64_t stop, Worker& worker, State state) const;
+  void attend(Piece piece, Piece following, Worker& worker, State state) const;
   bool count_visible(const Block& block, int64_t start, int count, int* visible) const;
   void pack_queries(const Block& block, Word* panels) const;
   template <class From>
   void pack_panel(const From* q, int count, Word* panel) const;
-  int locate(const Block& block, int64_t start, int64_t stop, const char** rows) const;
+  int locate(Piece piece, const char** rows) const;
+  bool in_order(Format format) const;
   Tile load_tile(const char* const* rows, int count, Worker& worker) const;
+  int load_pairs(const char* const* rows, int count, bool in_place, Worker& worker) const;
+  Left keys_at(const Tile& tile, int row, int rows) const;
   void read_row(const char* row, Number* out) const;
   template <int N>
   void attend_tile(const Tile& tile, const Word* q, Worker& worker, State state, const int* visible, bool first,
-                   Prefetch prefetch) const;
+                   Ahead ahead) const;
   template <int N>
-  void weigh(const Tile& tile, Worker& worker, State state, const int* visible, bool first) const;
+  void hide(int row, int rows, float* scores, const int* visible, F32* most) const;
+  template <int N>
+  void weigh(const Tile& tile, Worker& worker, State state, const F32* most, bool first) const;
   void combine(const Block& block, const State* states, int64_t count) const;
   void write(const Block& block, State state) const;
 
   const LatentAttention& call;
   const int words;
-  const int64_t stride, value_stride, sums_size;
+  const int64_t stride, sums_size, value_stride;
 };
 
 // ---- the cut into blocks and ranges ----
@@ -158,13 +178,18 @@ void Attention<Dot>::run() const {
   State* states = ranges.count > 1 ? memory.take<State>(items) : nullptr;
   for (int64_t item = 0; states && item < items; ++item) states[item] = take_state(memory);
 
-  auto attend_item = [&](int item, int thread) {
-    const Block& block = blocks[item / ranges.count];
+  auto piece_of = [&](int64_t item) -> Piece {
+    if (item >= items) return {blocks, 0, 0};
+    const Block* block = blocks + item / ranges.count;
     const int64_t start = item % ranges.count * ranges.keys;
-    if (start && start >= block.keys) return;
+    return {block, start, least(start + ranges.keys, block->keys)};
+  };
+  auto attend_item = [&](int item, int thread) {
+    const Piece piece = piece_of(item);
+    if (piece.start && piece.start >= piece.stop) return;
     const State state = states ? states[item] : workers[thread].state;
-    attend(block, start, least(start + ranges.keys, block.keys), workers[thread], state);
-    if (!states) write(block, state);
+    attend(piece, piece_of(item + threads), workers[thread], state);
+    if (!states) write(*piece.block, state);
   };
   parallel(threads, static_cast<int>(items), attend_item);
   if (!states) return;
@@ -200,6 +225,7 @@ template <class Dot>
 Worker Attention<Dot>::take_worker(Scratch& scratch) const {
   Worker worker;
   worker.q = scratch.take<Word>(int64_t{words} * COLUMNS);
+  worker.packed = nullptr;
   worker.scores = scratch.take<float>(TILE * PANEL);
   worker.keys = scratch.take<Word>(TILE * stride);
   worker.weights = scratch.take<Word>(TILE / 2 * PANEL);
@@ -210,27 +236,34 @@ Worker Attention<Dot>::take_worker(Scratch& scratch) const {
 
 // ---- one block over one range ----
 
+// `following`: what this thread will probably attend to next, so that its first rows are not waited for.
 template <class Dot>
-void Attention<Dot>::attend(const Block& block, int64_t start, int64_t stop, Worker& worker, State state) const {
+void Attention<Dot>::attend(Piece piece, Piece following, Worker& worker, State state) const {
   const Tiles tiles;
-  pack_queries(block, worker.q);
+  const Block& block = *piece.block;
+  if (worker.packed != &block) pack_queries(block, worker.q), worker.packed = &block;
   for (int c = 0; c < COLUMNS; ++c) state.most[c] = LOWEST, state.sum[c] = 0.0f;
   const char* rows[2][TILE];  // of this tile and of the next
-  int count = locate(block, start, stop, rows[0]);
+  int count = locate(piece, rows[0]);
   bool first = true;
-  for (int now = 0; count; start += TILE, now ^= 1, first = false) {
-    const int next = locate(block, start + TILE, stop, rows[now ^ 1]);
+  for (int now = 0; count; now ^= 1, first = false) {
+    const int64_t start = piece.start;
+    piece.start += TILE;
+    const int next = locate(piece, rows[now ^ 1]);
+    const int wanted = next ? next : locate(following, rows[now ^ 1]);
     const Tile tile = load_tile(rows[now], count, worker);
     int visible[COLUMNS];
     const bool all = count_visible(block, start, count, visible);
     for (int c = 0; c < block.columns; c += PANEL) {
       const State panel = {state.out + c * sums_size, state.most + c, state.sum + c};
       const Word* q = worker.q + int64_t{c} * words;
-      const Prefetch prefetch = {rows[now ^ 1], c ? 0 : next};
+      const int stop = static_cast<int>(least(c + PANEL, block.columns));
+      const int begin = wanted * c / block.columns;
+      const Ahead ahead = {rows[now ^ 1] + begin, wanted * stop / block.columns - begin, call.row_bytes};
       if (block.columns - c > F32::width)
-        attend_tile<COLUMN_REGISTERS>(tile, q, worker, panel, all ? nullptr : visible + c, first, prefetch);
+        attend_tile<COLUMN_REGISTERS>(tile, q, worker, panel, all ? nullptr : visible + c, first, ahead);
       else
-        attend_tile<1>(tile, q, worker, panel, all ? nullptr : visible + c, first, prefetch);
+        attend_tile<1>(tile, q, worker, panel, all ? nullptr : visible + c, first, ahead);
     }
     count = next;
   }
@@ -278,38 +311,67 @@ void Attention<Dot>::pack_panel(const From* q, int count, Word* panel) const {
   }
 }
 
-// Where the rows of the tile are that begins at position (or entry) `start`; how many it has.
+// Where the rows of the tile are that the piece begins with; how many it has.
 template <class Dot>
-int Attention<Dot>::locate(const Block& block, int64_t start, int64_t stop, const char** rows) const {
-  const int count = start < stop ? static_cast<int>(least(TILE, stop - start)) : 0;
-  const int32_t* entries = call.selection ? call.selection + block.column / call.heads * call.topk + start : nullptr;
-  for (int i = 0; i < count; ++i)
-    rows[i] = call.rows + call.sequences.row(block.sequence, entries ? entries[i] : start + i) * call.row_bytes;
+int Attention<Dot>::locate(Piece piece, const char** rows) const {
+  const Block& block = *piece.block;
+  const int count = piece.start < piece.stop ? static_cast<int>(least(TILE, piece.stop - piece.start)) : 0;
+  const int32_t* entries = call.selection ? call.selection + block.column / call.heads * call.topk + piece.start : nullptr;
+  for (int i = 0; i < count; ++i) {
+    const int64_t position = entries ? entries[i] : piece.start + i;
+    rows[i] = call.rows + call.sequences.row(block.sequence, position) * call.row_bytes;
+  }
   return count;
+}
+
+// Whether rows are whole words of this format that follow one another, page by page at least.
+template <class Dot>
+bool Attention<Dot>::in_order(Format format) const {
+  return call.row_format == format && !call.selection && call.row_bytes % 4 == 0 && words * Dot::numbers == call.width;
 }
 
 template <class Dot>
 Tile Attention<Dot>::load_tile(const char* const* rows, int count, Worker& worker) const {
-  if (Dot::numbers == 1 && call.row_format == Format::f32 && !call.selection && call.row_bytes % 4 == 0 && words == call.width) {
+  if (Dot::numbers == 1 && in_order(Format::f32)) {
     const Word* first = reinterpret_cast<const Word*>(rows[0]);
-    return {count, {first, call.row_bytes / 4, 1}, {first, 1, call.row_bytes / 4}, count};
+    return {count, {first, call.row_bytes / 4, 1}, {first, 1, call.row_bytes / 4}, count, nullptr};
+  }
+  const Left keys = {worker.keys, stride, 1};
+  if constexpr (Dot::numbers == 2) {
+    const bool in_place = BY_TILES<Dot> && in_order(Format::bf16);
+    const int pairs = load_pairs(rows, count, in_place, worker);
+    return {count, keys, {worker.values, 1, value_stride}, pairs, in_place ? rows : nullptr};
   }
   for (int i = 0; i < count; ++i) read_row(rows[i], reinterpret_cast<Number*>(worker.keys + i * stride));
-  const Left keys = {worker.keys, stride, 1};
-#if defined(FOVEAL_BF16)
-  if constexpr (Dot::numbers == 2) {
-    if (count % 2) std::memset(worker.keys + count * stride, 0, words * 4);
-    for (int i = 0; i < count; i += 2) {
-      const bf16* even = reinterpret_cast<const bf16*>(worker.keys + i * stride);
-      for (int64_t v = 0; v < call.rank; v += F32::width)
-        store_pairs(worker.values + i / 2 * value_stride + v, even + v, even + 2 * stride + v);
+  return {count, keys, {worker.keys, 1, stride}, count, nullptr};
+}
+
+// Rows as keys, but those of whole blocks that can be read in place, and as pairs of values; how many pairs are needed.
+template <class Dot>
+int Attention<Dot>::load_pairs(const char* const* rows, int count, bool in_place, Worker& worker) const {
+  constexpr int step = Products<Dot>::KEYS_IN_STEP;
+  const int kept = in_place ? count / step * step : 0;
+  if (count % 2) std::memset(worker.keys + count * stride, 0, words * 4);
+  for (int i = 0; i < count; i += 2) {
+    const bf16* pair[2];
+    for (int half = 0; half < 2; ++half) {
+      bf16* key = reinterpret_cast<bf16*>(worker.keys + (i + half) * stride);
+      if (i + half >= kept && i + half < count) read_row(rows[i + half], reinterpret_cast<Number*>(key));
+      pair[half] = i + half < kept ? reinterpret_cast<const bf16*>(rows[i + half]) : key;
     }
-    const int pairs = (count + 1) / 2;
-    if (BY_TILES<Dot>) std::memset(worker.values + pairs * value_stride, 0, (TILE / 2 - pairs) * value_stride * sizeof(Word));
-    return {count, keys, {worker.values, 1, value_stride}, pairs};
+    Products<Dot>::pair_values(pair[0], pair[1], call.rank, worker.values + i / 2 * value_stride);
   }
-#endif
-  return {count, keys, {worker.keys, 1, stride}, count};
+  const int pairs = (count + 1) / 2, needed = static_cast<int>(round_up(count, step) + 1) / 2;
+  std::memset(worker.values + pairs * value_stride, 0, (needed - pairs) * value_stride * sizeof(Word));
+  return needed;
+}
+
+// `rows` keys of a tile from `row` on.
+template <class Dot>
+Left Attention<Dot>::keys_at(const Tile& tile, int row, int rows) const {
+  if (tile.rows && rows == Products<Dot>::KEYS_IN_STEP)
+    return {reinterpret_cast<const Word*>(tile.rows[row]), call.row_bytes / 4, 1};
+  return {tile.keys.words + row * tile.keys.row_step, tile.keys.row_step, 1};
 }
 
 // Numbers past the row's last are zero as far as its last word goes.
@@ -346,19 +408,24 @@ void Attention<Dot>::read_row(const char* row, Number* out) const {
 template <class Dot>
 template <int N>
 void Attention<Dot>::attend_tile(const Tile& tile, const Word* q, Worker& worker, State state, const int* visible,
-                                 bool first, Prefetch prefetch) const {
+                                 bool first, Ahead ahead) const {
   constexpr int columns = N * F32::width, step = Products<Dot>::template keys_at_once<N>;
+  F32 most[N];
+#pragma GCC unroll 2
+  for (int n = 0; n < N; ++n) most[n] = set1(LOWEST);
+  const int steps = static_cast<int>(ceil_divide(tile.count, step)) + Products<Dot>::steps_of_add(call.rank);
+  int done = 0;
   for (int row = 0; row < tile.count; row += step) {
-    // As many of the next rows as are multiplied here: all at once would wait for the memory. A last tile is shorter.
-    for (int i = row; i < row + step && i < prefetch.count; ++i)
-      for (int64_t byte = 0; byte < call.row_bytes; byte += 64) __builtin_prefetch(prefetch.rows[i] + byte, 0, 2);
-    const Left keys = {tile.keys.words + row * tile.keys.row_step, tile.keys.row_step, 1};
     const int rows = tile.count - row < step ? tile.count - row : step;
+    ahead.fetch(done++, steps);
+    const Left keys = keys_at(tile, row, rows);
     Products<Dot>::template score<N>(keys, rows, q, words, worker.scores + row * columns);
+    hide<N>(row, rows, worker.scores, visible, most);
   }
-  weigh<N>(tile, worker, state, visible, first);
+  weigh<N>(tile, worker, state, most, first);
   const Word* weights = Dot::numbers == 1 ? reinterpret_cast<const Word*>(worker.scores) : worker.weights;
-  Products<Dot>::template add<N>(tile.values, tile.value_words, weights, call.rank, state.out, first);
+  Products<Dot>::template add<N>(tile.values, tile.value_words, weights, call.rank, state.out, first,
+                                      [&] { ahead.fetch(done++, steps); });
 }
 
 FOVEAL_INLINE F32 load_counts(const int* counts) {
@@ -372,53 +439,46 @@ FOVEAL_INLINE F32 hidden(F32 seen, int j) {
   return where_at_least(zero() - seen, static_cast<float>(-j), set1(-__builtin_inff()));
 }
 
+// Scales the scores of `rows` keys from `row` on, hides what a column does not see, and looks for the highest.
+template <class Dot>
+template <int N>
+FOVEAL_INLINE void Attention<Dot>::hide(int row, int rows, float* scores, const int* visible, F32* most) const {
+  constexpr int columns = N * F32::width;
+#pragma GCC unroll 2
+  for (int n = 0; n < N; ++n) {
+    F32 seen = zero();
+    if (visible) seen = load_counts(visible + n * F32::width);
+    float* score_at = scores + row * columns + n * F32::width;
+    for (int j = row; j < row + rows; ++j, score_at += columns) {
+      F32 score = load(score_at) * set1(call.scale);
+      if (visible) score = where_at_least(seen, static_cast<float>(j + 1), score) + hidden(seen, j);
+      most[n] = max(most[n], score);
+      store(score_at, score);
+    }
+    const int stop = static_cast<int>(round_up(row + rows, Products<Dot>::KEYS_IN_STEP));
+    for (int j = row + rows; j < stop; ++j, score_at += columns) store(score_at, set1(-__builtin_inff()));
+  }
+}
+
 // Turns scores into weights, and brings maximum, sum and out up to date.
 template <class Dot>
 template <int N>
-void Attention<Dot>::weigh(const Tile& tile, Worker& worker, State state, const int* visible, bool first) const {
-  constexpr int columns = N * F32::width;
+void Attention<Dot>::weigh(const Tile& tile, Worker& worker, State state, const F32* most, bool first) const {
+  Word* weights = Dot::numbers == 1 ? reinterpret_cast<Word*>(worker.scores) : worker.weights;
   for (int n = 0; n < N; ++n) {
-    float* scores = worker.scores + n * F32::width;
-    F32 seen = zero();
-    if (visible) seen = load_counts(visible + n * F32::width);
-    F32 most = set1(LOWEST);
-    for (int j = 0; j < tile.count; ++j) {
-      F32 score = load(scores + j * columns) * set1(call.scale);
-      if (visible) score = where_at_least(seen, static_cast<float>(j + 1), score) + hidden(seen, j);
-      most = max(most, score);
-      store(scores + j * columns, score);
-    }
     F32 running = load(state.most + n * F32::width), before = load(state.sum + n * F32::width);
     if (first) {
-      running = most;
-    } else if (maximum(most - running) > LAG) {
-      const F32 higher = max(most, running);
+      running = most[n];
+    } else if (maximum(most[n] - running) > LAG) {
+      const F32 higher = max(most[n], running);
       const F32 shrink = exp(running - higher);
-      Products<Dot>::scale(state.out, call.rank, columns, n, shrink);
+      Products<Dot>::scale(state.out, call.rank, N * F32::width, n, shrink);
       before = before * shrink;
       running = higher;
     }
     store(state.most + n * F32::width, running);
-    F32 sum = zero();  // of this tile first, which rounds less
-    if constexpr (Dot::numbers == 1) {
-      for (int j = 0; j < tile.count; ++j) {
-        const F32 weight = exp(load(scores + j * columns) - running);
-        sum = sum + weight;
-        store(scores + j * columns, weight);
-      }
-    }
-#if defined(FOVEAL_BF16)
-    else {
-      for (int j = 0; j < tile.count; j += 2) {
-        const F32 even = exp(load(scores + j * columns) - running);
-        const F32 odd = j + 1 < tile.count ? exp(load(scores + (j + 1) * columns) - running) : zero();
-        sum = sum + even + odd;
-        store_pairs(worker.weights + j / 2 * columns + n * F32::width, even, odd);
-      }
-      for (int word = (tile.count + 1) / 2; BY_TILES<Dot> && word < TILE / 2; ++word)
-        store_pairs(worker.weights + word * columns + n * F32::width, zero(), zero());
-    }
-#endif
+    // The sum of this tile first, which rounds less.
+    const F32 sum = Products<Dot>::template weigh<N>(worker.scores, tile.count, running, n, weights);
     store(state.sum + n * F32::width, before + sum);
   }
 }
@@ -433,18 +493,22 @@ void Attention<Dot>::combine(const Block& block, const State* states, int64_t co
     for (int i = 0; i < columns; i += F32::width) {
       F32 most = set1(LOWEST), sum = zero();
       for (int64_t r = 0; r < count; ++r) most = max(most, load(states[r].most + c + i));
+      float* parts[RANGE_ITEMS];
+      F32 shares[RANGE_ITEMS];
       for (int64_t r = 0; r < count; ++r) {
-        const F32 share = exp(load(states[r].most + c + i) - most);
-        sum = fma(share, load(states[r].sum + c + i), sum);
-        float* out = states[0].out + c * sums_size;
-        if (r)
-          Products<Dot>::add_scaled(out, states[r].out + c * sums_size, call.rank, columns, i / F32::width, share);
-        else
-          Products<Dot>::scale(out, call.rank, columns, i / F32::width, share);
+        parts[r] = states[r].out + c * sums_size;
+        shares[r] = exp(load(states[r].most + c + i) - most);
+        sum = fma(shares[r], load(states[r].sum + c + i), sum);
       }
+      Products<Dot>::combine(parts, shares, static_cast<int>(count), call.rank, columns, i / F32::width);
       store(states[0].sum + c + i, sum);
     }
   }
+}
+
+template <class Number>
+FOVEAL_INLINE void store_up_to(Number* p, F32 x, int n) {
+  n == F32::width ? store(p, x) : store_partial(p, x, n);
 }
 
 // Divides by the sums and transposes; columns that saw nothing are zero.
@@ -460,9 +524,9 @@ void Attention<Dot>::write(const Block& block, State state) const {
       const int n = static_cast<int>(least(F32::width, call.rank - v));
       const F32 values = block.keys ? Products<Dot>::values_of(from, call.rank, columns, c - panel, v) * set1(share) : zero();
       if (call.format == Format::f32)
-        store_partial(static_cast<float*>(call.out) + row + v, values, n);
+        store_up_to(static_cast<float*>(call.out) + row + v, values, n);
       else
-        store_partial(static_cast<bf16*>(call.out) + row + v, values, n);
+        store_up_to(static_cast<bf16*>(call.out) + row + v, values, n);
     }
   }
 }

@@ -26,13 +26,6 @@ namespace foveal::FOVEAL_ISA {
 namespace {
 
 constexpr int QUERIES = 4;
-#if defined(FOVEAL_AMX)
-constexpr int KEYS = 96;
-static_assert(KEYS % (2 * AMX) == 0);
-#else
-constexpr int KEYS = 36;
-#endif
-static_assert(KEYS % TILE_ROWS == 0);
 // Queries that see no more than topk keys are filled in so many at a time.
 constexpr int FILLED = 64;
 // A part of a context is not worth a thread below this many keys; items for each thread, so that none ends far behind.
@@ -68,13 +61,14 @@ struct Plan {
   int64_t count, slots;
 };
 
-int64_t keys_of_a_part(const Select& s) {
+// A multiple of `unit`.
+int64_t keys_of_a_part(const Select& s, int64_t unit) {
   int64_t keys = 0;
   for_tiles(s, [&](int64_t, int64_t, int64_t position, int64_t count) {
     if (position >= s.topk) keys += position + count;
   });
-  if (s.threads <= 1) return higher(keys, KEYS);
-  return quotient_up(higher(quotient_up(keys, s.threads * ITEMS_PER_THREAD), PART_KEYS), KEYS) * KEYS;
+  if (s.threads <= 1) return higher(keys, unit);
+  return quotient_up(higher(quotient_up(keys, s.threads * ITEMS_PER_THREAD), PART_KEYS), unit) * unit;
 }
 
 int64_t count_items(const Select& s, int64_t part) {
@@ -108,7 +102,11 @@ struct Slots {
 
 template <class Dot>
 struct Selection {
-  using Sum = typename Product<Dot>::Sum;
+  using Lanes = typename Product<Dot>::Sum;
+  using Sum = std::conditional_t<Dot::numbers == 4, int32_t, float>;
+
+  static constexpr int KEYS = BY_TILES<Dot> ? 32 : 36;
+  static_assert(BY_TILES<Dot> || KEYS % TILE_ROWS == 0);
 
   const Select& s;
   const int64_t words, row_words, heads, capacity;  // heads: those of whole registers
@@ -120,23 +118,29 @@ struct Selection {
         heads(quotient_up(s.heads, F32::width) * F32::width),
         capacity(2 * s.topk + 2048) {}
 
+  static constexpr int BUFFERS = BY_TILES<Dot> ? 2 : 1;
+
   // The memory of one thread.
   struct Workspace {
     Word* panels;         // [QUERIES, heads / PANEL, words, PANEL], the last panel perhaps one register wide
     float* weights;       // [QUERIES, heads]
     int32_t* offsets;     // [QUERIES, heads]: where sums of whole numbers begin
     Word* row;            // [row_words]
-    Word* keys;           // [KEYS, row_words]
+    Word* keys;           // [BUFFERS, KEYS, row_words]
     float* scales;        // [KEYS]
     float* scores;        // [KEYS], whole registers
+    Sum* sums;            // by tiles: [BUFFERS, KEYS, heads]
     Candidates candidates[QUERIES];
     RadixMemory radix;
   };
 
+  int64_t sums_size() const { return BY_TILES<Dot> ? BUFFERS * KEYS * heads : 0; }
+
   int64_t bytes(int64_t candidates) const {
     return Scratch::rounded(QUERIES * heads * words * 4) + 2 * Scratch::rounded(QUERIES * heads * 4) +
-           Scratch::rounded(row_words * 4) + Scratch::rounded(KEYS * row_words * 4) + Scratch::rounded(KEYS * 4) +
-           Scratch::rounded((KEYS + F32::width) * 4) + QUERIES * 2 * Scratch::rounded(candidates * 4) + RadixMemory::bytes(candidates);
+           Scratch::rounded(row_words * 4) + Scratch::rounded(BUFFERS * KEYS * row_words * 4) + Scratch::rounded(KEYS * 4) +
+           Scratch::rounded((KEYS + F32::width) * 4) + Scratch::rounded(sums_size() * 4) +
+           QUERIES * 2 * Scratch::rounded(candidates * 4) + RadixMemory::bytes(candidates);
   }
 
   Workspace workspace(Scratch& scratch, int64_t candidates) const {
@@ -146,10 +150,11 @@ struct Selection {
     w.offsets = scratch.take<int32_t>(QUERIES * heads);
     w.row = scratch.take<Word>(row_words);
     std::memset(w.row, 0, row_words * sizeof(Word));
-    w.keys = scratch.take<Word>(KEYS * row_words);
-    std::memset(w.keys, 0, KEYS * row_words * sizeof(Word));
+    w.keys = scratch.take<Word>(BUFFERS * KEYS * row_words);
+    std::memset(w.keys, 0, BUFFERS * KEYS * row_words * sizeof(Word));
     w.scales = scratch.take<float>(KEYS);
     w.scores = scratch.take<float>(KEYS + F32::width);
+    w.sums = scratch.take<Sum>(sums_size());
     for (Candidates& c : w.candidates) {
       c.keys = scratch.take<uint32_t>(candidates);
       c.positions = scratch.take<int32_t>(candidates);
@@ -199,27 +204,47 @@ struct Selection {
     return key + (PAGE_SIZE - place) * s.size + place * 4;
   }
 
-  // Keys of `count` positions from `start` on as words.
-  void read_keys(const Workspace& w, int64_t sequence, int64_t start, int64_t count) const {
-    const float factor = unit<Dot>(s.keys.format);
-    for (int64_t n = 0; n < count; ++n) {
-      const int64_t row = s.sequences.row(sequence, start + n);
-      const uint8_t* key = key_at(row);
-      RowOf<Dot>::read(s.keys.format, key, s.size, w.keys + n * row_words, true);
-      float scale = 1.0f;
-      if (in_records()) std::memcpy(&scale, scale_at(key, row), 4);
-      w.scales[n] = scale * factor;
+  // Bytes from one key of a page to the next.
+  int64_t key_stride() const { return in_records() ? s.size : s.keys.stride; }
+
+  // Calls each(position, stored row, count) for positions [start, stop) page by page.
+  template <class Each>
+  FOVEAL_INLINE void for_pages(int64_t sequence, int64_t start, int64_t stop, Each each) const {
+    while (start < stop) {
+      const int64_t row = s.sequences.row(sequence, start), count = lower(PAGE_SIZE - row % PAGE_SIZE, stop - start);
+      each(start, row, count);
+      start += count;
     }
   }
 
-  void prefetch_keys(int64_t sequence, int64_t start, int64_t stop) const {
-    const int64_t bytes = s.size * number_bytes(s.keys.format);
-    for (int64_t n = start; n < stop; ++n) {
-      const int64_t row = s.sequences.row(sequence, n);
+  // Keys of positions [start, stop) as words.
+  FOVEAL_INLINE void read_keys(int64_t sequence, int64_t start, int64_t stop, Word* out) const {
+    const int64_t stride = key_stride();
+    for_pages(sequence, start, stop, [&](int64_t, int64_t row, int64_t count) {
       const uint8_t* key = key_at(row);
-      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(key + b, 0, 3);
-      if (in_records()) __builtin_prefetch(scale_at(key, row), 0, 3);
-    }
+      for (int64_t n = 0; n < count; ++n, key += stride, out += row_words)
+        RowOf<Dot>::read(s.keys.format, key, s.size, out, true);
+    });
+  }
+
+  // What the scores of positions [start, stop) have to be multiplied with.
+  void read_scales(int64_t sequence, int64_t start, int64_t stop, float* out) const {
+    const float factor = unit<Dot>(s.keys.format);
+    for_pages(sequence, start, stop, [&](int64_t, int64_t row, int64_t count) {
+      if (in_records()) std::memcpy(out, scale_at(key_at(row), row), count * sizeof(float));
+      for (int64_t n = 0; n < count; ++n) out[n] = in_records() ? out[n] * factor : factor;
+      out += count;
+    });
+  }
+
+  void prefetch_keys(int64_t sequence, int64_t start, int64_t stop) const {
+    const auto prefetch = [](const uint8_t* from, int64_t bytes) {
+      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(from + b, 0, 2);
+    };
+    for_pages(sequence, start, stop, [&](int64_t, int64_t row, int64_t keys) {
+      prefetch(key_at(row), keys * key_stride());
+      if (in_records()) prefetch(scale_at(key_at(row), row), keys * sizeof(float));
+    });
   }
 
   // One panel of heads and a tile's rows of keys: adds to each key's sums by lane.
@@ -227,7 +252,7 @@ struct Selection {
   FOVEAL_INLINE void score_rows(
       const Word* keys, const Word* panel, const float* weights, const int32_t* offsets, float* totals, bool first) const {
     constexpr int M = TILE_ROWS, width = registers * F32::width;
-    Sum sum[M][registers];
+    Lanes sum[M][registers];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
@@ -235,7 +260,7 @@ struct Selection {
         if constexpr (Dot::numbers == 4)
           sum[m][n] = load(offsets + n * F32::width);
         else
-          sum[m][n] = Sum{};
+          sum[m][n] = Lanes{};
       }
     const Word* stop = panel + words * width;
     for (; panel != stop; panel += width, ++keys) {
@@ -252,24 +277,6 @@ struct Selection {
     }
   }
 
-#if defined(FOVEAL_AMX)
-  // As `score_rows`, for two tiles of keys.
-  template <int registers>
-  FOVEAL_INLINE void score_tiles(const Word* keys, const Word* panel, const float* weights, float* totals, bool first) const {
-    constexpr int M = 2 * AMX, width = registers * AMX;
-    using Number = std::conditional_t<Dot::numbers == 4, int32_t, float>;
-    alignas(64) Number sums[M * width];
-    multiply_tiles<Dot, 2, registers>(keys, row_words, panel, static_cast<int>(words), sums, width, false);
-    for (int m = 0; m < M; ++m) {
-      F32 total = first ? zero() : load(totals + m * F32::width);
-#pragma GCC unroll 2
-      for (int n = 0; n < registers; ++n)
-        total = fma(max(to_float(load(sums + m * width + n * AMX)), zero()), load(weights + n * F32::width), total);
-      store(totals + m * F32::width, total);
-    }
-  }
-#endif
-
   // One panel of heads, which begins with `head`, and `count` keys. Rows that fill up the last tile hold older keys; what
   // becomes of them is not looked at.
   template <int registers>
@@ -277,14 +284,8 @@ struct Selection {
     const Word* panel = w.panels + (q * heads + head) * words;
     const float* weights = w.weights + q * heads + head;
     const int32_t* offsets = w.offsets + q * heads + head;
-#if defined(FOVEAL_AMX)
-    if constexpr (BY_TILES<Dot>) {
-      for (int n = 0; n < count; n += 2 * AMX)
-        score_tiles<registers>(w.keys + n * row_words, panel, weights, totals + n * F32::width, head == 0);
-    } else
-#endif
-      for (int n = 0; n < count; n += TILE_ROWS)
-        score_rows<registers>(w.keys + n * row_words, panel, weights, offsets, totals + n * F32::width, head == 0);
+    for (int n = 0; n < count; n += TILE_ROWS)
+      score_rows<registers>(w.keys + n * row_words, panel, weights, offsets, totals + n * F32::width, head == 0);
   }
 
   // Keys that are wanted next: fetched piece by piece, while others are multiplied.
@@ -307,29 +308,148 @@ struct Selection {
       const float* four = totals + n * F32::width;
       store_sums(w.scores + n, load(four), load(four + F32::width), load(four + 2 * F32::width), load(four + 3 * F32::width));
     }
-    for (int n = 0; n < count; n += F32::width) store(w.scores + n, load(w.scores + n) * load(w.scales + n));
   }
 
-  void run_item(Workspace& w, const Item& item, const Slots& slots) const {
-    if (item.position < s.topk) return fill(item);
-    const Tiles tiles;
-    for (int q = 0; q < item.queries; ++q) {
-      pack_query(w, q, item.query + q);
-      w.candidates[q].clear();
-    }
+  void run_by_rows(Workspace& w, const Item& item) const {
     for (int64_t start = item.start; start < item.stop; start += KEYS) {
-      const int64_t count = lower(KEYS, item.stop - start);
-      read_keys(w, item.sequence, start, count);
+      const int64_t stop = lower(item.stop, start + KEYS);
+      read_keys(item.sequence, start, stop, w.keys);
       for (int q = 0; q < item.queries; ++q) {
-        const int64_t visible = lower(count, item.position + q + 1 - start);
+        const int64_t visible = lower(stop, item.position + q + 1) - start;
         if (visible <= 0) continue;
         const int64_t next = start + KEYS;
         const Ahead ahead{item.sequence, next, q == 0 ? higher(0, lower(KEYS, item.stop - next)) : 0};
         score(w, q, static_cast<int>(visible), ahead);
-        if (w.candidates[q].count + KEYS > capacity) w.candidates[q].keep_highest(s.topk, w.radix);
-        w.candidates[q].add(w.scores, static_cast<int>(visible), static_cast<int32_t>(start));
+        take(w, q, item.sequence, start, static_cast<int>(visible));
       }
     }
+  }
+
+#if defined(FOVEAL_AMX)
+  static constexpr int64_t AHEAD = 12 * KEYS;  // keys that are fetched early
+
+  static constexpr int GROUP = 4;  // keys whose vector work is done between tiles
+
+  // The products of a block of keys and all heads, [KEYS, heads]. In between calls each_group(key) for all groups of keys.
+  template <class Group>
+  FOVEAL_INLINE void multiply_block(const Word* keys, const Word* panels, Sum* sums, Group each_group) const {
+    const int all = static_cast<int>(words), steps = static_cast<int>(quotient_up(heads, PANEL) * words / AMX);
+    int due = 0, key = 0;
+    const auto step = [&]() __attribute__((always_inline)) {
+      for (due += KEYS / GROUP; due >= steps; due -= steps, key += GROUP) each_group(key);
+    };
+    for (int64_t head = 0; head < heads; head += PANEL) {
+      const Word* panel = panels + head * words;
+      if (columns(head) == PANEL)
+        multiply_tiles<Dot, 2, COLUMN_REGISTERS>(keys, row_words, panel, all, sums + head, heads, false, step);
+      else
+        multiply_tiles<Dot, 2, 1>(keys, row_words, panel, all, sums + head, heads, false, step);
+    }
+  }
+
+  // The scores of a group of keys, without their scales.
+  FOVEAL_INLINE void add_heads(const Sum* sums, const float* weights, float* scores) const {
+    F32 total[4] = {zero(), zero(), zero(), zero()};
+    for (int64_t head = 0; head < heads; head += F32::width) {
+      const F32 weight = load(weights + head);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) total[i] = fma(max(to_float(load(sums + i * heads + head)), zero()), weight, total[i]);
+    }
+    store_sums(scores, total[0], total[1], total[2], total[3]);
+  }
+
+  // A block of keys and a query that have been multiplied.
+  struct Multiplied {
+    int q, count;
+    int64_t start;
+    const Sum* sums;
+  };
+
+  // Keys that follow one another; none where they do not, or are not there.
+  struct Run {
+    const uint8_t *keys, *scales;
+    int count;
+  };
+
+  Run run_at(int64_t sequence, int64_t start, int64_t stop) const {
+    const int64_t count = lower(KEYS, stop - start);
+    if (count <= 0) return {nullptr, nullptr, 0};
+    const int64_t row = s.sequences.row(sequence, start);
+    if (row % PAGE_SIZE + count > PAGE_SIZE) return {nullptr, nullptr, 0};
+    return {key_at(row), in_records() ? scale_at(key_at(row), row) : nullptr, static_cast<int>(count)};
+  }
+
+  // The group that begins with `key`.
+  FOVEAL_INLINE void read_group(const Run& run, int key, Word* out) const {
+    const int64_t stride = key_stride();
+    const int stop = run.count < key + GROUP ? run.count : key + GROUP;
+    for (int n = key; n < stop; ++n) RowOf<Dot>::read(s.keys.format, run.keys + n * stride, s.size, out + n * row_words, true);
+  }
+
+  FOVEAL_INLINE void prefetch_group(const Run& run, int key) const {
+    if (key >= run.count) return;
+    const uint8_t* from = run.keys + key * key_stride();
+    for (int64_t b = 0; b < GROUP * key_stride(); b += 64) __builtin_prefetch(from + b, 0, 2);
+    if (run.scales) __builtin_prefetch(run.scales + key * sizeof(float), 0, 2);
+  }
+
+  // Tiles and vectors at once: while a block is multiplied, the heads of what was multiplied before are added up, and the next
+  // block is read.
+  void run_by_tiles(Workspace& w, const Item& item) const {
+    const Tiles tiles;
+    prefetch_keys(item.sequence, item.start, lower(item.start + AHEAD, item.stop));
+    read_keys(item.sequence, item.start, lower(item.start + KEYS, item.stop), w.keys);
+    Multiplied last{0, 0, 0, nullptr};
+    const auto add_last = [&](int key) __attribute__((always_inline)) {
+      add_heads(last.sums + key * heads, w.weights + last.q * heads, w.scores + key);
+    };
+    int block = 0, units = 0;
+    for (int64_t start = item.start; start < item.stop; start += KEYS, ++block) {
+      const int64_t stop = lower(item.stop, start + KEYS);
+      Word* next_keys = w.keys + (block + 1) % 2 * KEYS * row_words;
+      Run next = run_at(item.sequence, stop, item.stop), early = run_at(item.sequence, stop + AHEAD, item.stop);
+      if (!next.count) read_keys(item.sequence, stop, lower(stop + KEYS, item.stop), next_keys);
+      for (int q = 0; q < item.queries; ++q) {
+        const int64_t visible = lower(stop, item.position + q + 1) - start;
+        if (visible <= 0) continue;
+        Sum* sums = w.sums + units++ % 2 * KEYS * heads;
+        multiply_block(w.keys + block % 2 * KEYS * row_words, w.panels + q * heads * words, sums, [&](int key)
+                       __attribute__((always_inline)) {
+          if (last.count) add_last(key);
+          read_group(next, key, next_keys);
+          prefetch_group(early, key);
+        });
+        next.count = early.count = 0;
+        if (last.count) take(w, last.q, item.sequence, last.start, last.count);
+        last = {q, static_cast<int>(visible), start, sums};
+      }
+    }
+    for (int key = 0; key < KEYS; key += GROUP) add_last(key);
+    take(w, last.q, item.sequence, last.start, last.count);
+  }
+#endif
+
+  // Scores of `count` positions from `start` on, without the keys' scales, to the candidates of query `q`.
+  FOVEAL_INLINE void take(Workspace& w, int q, int64_t sequence, int64_t start, int count) const {
+    read_scales(sequence, start, start + count, w.scales);
+    for (int n = 0; n < count; n += F32::width) store(w.scores + n, load(w.scores + n) * load(w.scales + n));
+    Candidates& candidates = w.candidates[q];
+    if (candidates.count + KEYS > capacity) candidates.keep_highest(s.topk, w.radix);
+    candidates.add(w.scores, count, static_cast<int32_t>(start));
+  }
+
+  void run_item(Workspace& w, const Item& item, const Slots& slots) const {
+    if (item.position < s.topk) return fill(item);
+    for (int q = 0; q < item.queries; ++q) {
+      pack_query(w, q, item.query + q);
+      w.candidates[q].clear();
+    }
+#if defined(FOVEAL_AMX)
+    if constexpr (BY_TILES<Dot>)
+      run_by_tiles(w, item);
+    else
+#endif
+      run_by_rows(w, item);
     for (int q = 0; q < item.queries; ++q) finish(w, q, item, slots);
   }
 
@@ -373,7 +493,7 @@ struct Selection {
   }
 
   void run() const {
-    const int64_t part = keys_of_a_part(s), count = count_items(s, part);
+    const int64_t part = keys_of_a_part(s, KEYS), count = count_items(s, part);
     Scratch planned(higher(count, 1) * sizeof(Item));
     const Plan plan = make_plan(s, part, planned.take<Item>(count));
     const int threads = static_cast<int>(higher(1, lower(s.threads, count)));
