@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t PAIR_BYTES = 64 << 20;  // of the pairs' results: what a call computes at a time
 constexpr int64_t ITEM_BYTES = 64 << 10;  // of weights
+constexpr int64_t PACKED_BYTES = 256 << 10;
 constexpr int64_t ITEM_PAIRS = 256;
 
 struct Item {
@@ -62,8 +63,10 @@ inline Weight of_expert(const Weight& all, int64_t expert) {
   return one;
 }
 
-inline int64_t part_of(const Weight& weight, int64_t outputs) {
-  const int64_t least = ITEM_BYTES / (row_bytes(weight) + 1) + 1;
+// Outputs of an item. Where activations are packed for each item, it has more of them.
+inline int64_t part_of(const Experts& call, const Weight& weight, int64_t outputs) {
+  const bool packed = by_fixed_tiles(weight, call.tokens * call.per_token / call.count);
+  const int64_t least = (packed ? PACKED_BYTES : ITEM_BYTES) / (row_bytes(weight) + 1) + 1;
   return round_up(least < outputs ? least : outputs, 32);
 }
 
@@ -96,7 +99,7 @@ void run(const Experts& call) {
   const int64_t pairs = call.tokens * call.per_token, hidden = call.down.inputs, size = call.down.outputs;
   Activations in = layout(call.gate_up), between = layout(call.down);
   const int64_t in_bytes = bytes_of(in, pairs), between_bytes = bytes_of(between, pairs);
-  const int64_t part = part_of(call.gate_up, hidden), down_part = part_of(call.down, size);
+  const int64_t part = part_of(call, call.gate_up, hidden), down_part = part_of(call, call.down, size);
   const int64_t rows = pairs < ITEM_PAIRS ? pairs : ITEM_PAIRS;
   const int64_t width = 2 * part > down_part ? 2 * part : down_part;
   const int64_t product_floats = product_scratch(call.gate_up, in, rows), down_floats = product_scratch(call.down, between, rows);

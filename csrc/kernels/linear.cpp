@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t ITEM_BYTES = 64 << 10;  // of weights: less is not worth another thread
 constexpr int64_t ITEM_ROWS = 256;        // of activations, and
 constexpr int64_t ITEM_OUTPUTS = 128;     // of their products: as many as L2 holds beside what they are made of
+constexpr int64_t PACKED_OUTPUTS = 512;   // where all activations are packed for each item
 
 template <class Number, class Out>
 void finish(const Linear& call, const float* c, int64_t c_stride, int64_t row, int64_t rows, int64_t first, int64_t count) {
@@ -30,8 +31,12 @@ void finish(const Linear& call, const float* c, int64_t c_stride, int64_t row, i
 
 // Outputs of an item: whole registers, whole panels.
 int64_t item_outputs(const Linear& call) {
-  if (call.rows > FEW) return ITEM_OUTPUTS;
   const int64_t outputs = call.weight.outputs;
+  if (call.rows > FEW) {
+    if (!by_fixed_tiles(call.weight, call.rows)) return ITEM_OUTPUTS;
+    const int64_t share = round_up((outputs + call.threads - 1) / call.threads, 32);
+    return share < PACKED_OUTPUTS ? share : PACKED_OUTPUTS;
+  }
   if (call.threads == 1) return round_up(outputs, 32);
   const int64_t least = ITEM_BYTES / row_bytes(call.weight) + 1, share = outputs / (4 * call.threads) + 1;
   return round_up(least > share ? least : share, 32);

@@ -1,6 +1,7 @@
 // The product of prepared activations and any part of a weight, for one thread. linear.cpp and experts.cpp divide the work.
 #pragma once
 
+#include "kernels/linear_fixed_tiles.h"
 #include "kernels/linear_tiles.h"
 
 namespace foveal::FOVEAL_ISA {
@@ -47,6 +48,10 @@ void strips(const Corner& at, int64_t count, int64_t rows) {
 
 // Floats of scratch that `product` of so many rows needs.
 inline int64_t product_scratch(const Weight& weight, const Activations& a, int64_t rows) {
+  if (by_fixed_tiles(weight, rows)) {
+    const int64_t tiles = fixed_tile_scratch(rows), few = ROWS_AT_ONCE * a.groups;  // fewer rows may come too
+    return tiles > few ? tiles : few;
+  }
   if (is_fixed(weight.coding)) return ROWS_AT_ONCE * a.groups;
   return rows > few_rows(weight) ? tile_scratch(weight, a, rows) : 0;
 }
@@ -57,6 +62,7 @@ inline void product(const Weight& weight, const Activations& a, int64_t row, int
                     float* c, int64_t c_stride, float* scratch) {
   const Corner at{weight, a, first, row, c, c_stride, 0, scratch};
   Word* words = reinterpret_cast<Word*>(scratch);
+  if (by_fixed_tiles(weight, rows)) return multiply_fixed_tiles(at, rows, count, scratch);
   switch (weight.coding) {
     case Coding::f32:
       if (rows > few_rows(weight)) return tiles<float, FloatDot>(weight, a, row, rows, first, count, c, c_stride, words);

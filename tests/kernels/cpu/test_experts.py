@@ -54,9 +54,10 @@ def test_one_expert_for_all(isa: str, kind: str) -> None:
 
 
 @each_isa
-def test_crowded_and_lonely_experts(isa: str) -> None:
+@pytest.mark.parametrize("kind", ["plain", "int8", "int4"])
+def test_crowded_and_lonely_experts(isa: str, kind: str) -> None:
     """One call whose items are multiplied in all ways that there are for few and many rows, in bfloat16."""
-    x, weights, _, gate_up, down = make_arguments(120, "plain", torch.bfloat16)
+    x, weights, _, gate_up, down = make_arguments(120, kind, torch.bfloat16)
     chosen = torch.tensor([0] * 90 + [1] * 20 + [2] * 7 + [3] * 2 + [4])[:, None]
     arguments = (x, weights[:, :1].contiguous(), chosen, gate_up, down)
     expected = experts(*in_float64(arguments), silu, version="reference")
@@ -66,7 +67,7 @@ def test_crowded_and_lonely_experts(isa: str) -> None:
 
 @each_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["plain", "int8"])
+@pytest.mark.parametrize("kind", ["plain", "int8", "int4"])
 def test_threads_change_nothing(isa: str, kind: str, dtype: torch.dtype) -> None:
     """A sum over experts in the order in which they were done."""
     arguments = make_arguments(20, kind, dtype)

@@ -85,6 +85,31 @@ def test_rows_of_a_batch(isa: str, rows: int, outputs: int, inputs: int) -> None
 
 
 @each_isa
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", WEIGHTS[1:])
+@pytest.mark.parametrize("rows", [5, 8, 9, 31, 127])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 128), (40, 2176), (530, 384)])
+def test_quantised_rows_of_a_batch(
+    isa: str, dtype: torch.dtype, kind: str, rows: int, outputs: int, inputs: int
+) -> None:
+    """Panels that rows do not fill, scales of another group or block, inputs and outputs that do not fit at once."""
+    x, bias = torch.randn(rows, inputs).to(dtype), torch.randn(outputs).to(dtype)
+    weight = make_weight(kind, outputs, inputs, dtype)
+    check_product(linear(x, weight, bias, version=isa), x, weight, bias)
+
+
+@each_isa
+@pytest.mark.parametrize("kind", ["int8", "int4-32", "int4-64"])
+@pytest.mark.parametrize("units", [1, 3, 33])
+def test_inputs_that_fill_no_block(isa: str, kind: str, units: int) -> None:
+    """What follows a row that ends within a block, the next row's values and scales, counting as its own."""
+    _, _, group = kind.partition("-")
+    inputs = units * int(group or 67)
+    x, weight = torch.randn(6, inputs), make_weight(kind, 21, inputs, torch.float32)
+    check_product(linear(x, weight, version=isa), x, weight)
+
+
+@each_isa
 @pytest.mark.parametrize("rows", [9, 64, 300])
 def test_wide_weights(isa: str, rows: int) -> None:
     """Activations of a panel that need more room than a block of inputs does."""
@@ -93,9 +118,10 @@ def test_wide_weights(isa: str, rows: int) -> None:
 
 
 @each_isa
-def test_rows_do_not_know_each_other(isa: str) -> None:
+@pytest.mark.parametrize("kind", ["plain", "int8", "int4-32", "int4-128"])
+def test_rows_do_not_know_each_other(isa: str, kind: str) -> None:
     """A row that is summed in another order in a tile that is not full."""
-    x, weight = torch.randn(96, 2048).bfloat16(), torch.randn(1000, 2048).bfloat16()
+    x, weight = torch.randn(96, 2048).bfloat16(), make_weight(kind, 1000, 2048, torch.bfloat16)
     assert torch.equal(linear(x[:79], weight, version=isa), linear(x, weight, version=isa)[:79])
 
 
@@ -153,34 +179,37 @@ def test_part_of_a_row(isa: str, kind: str) -> None:
 @each_isa
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_so(isa: str, kind: str, value: float) -> None:
+@pytest.mark.parametrize("rows", [3, 11])
+def test_what_is_not_finite_stays_so(isa: str, kind: str, value: float, rows: int) -> None:
     """A broken activation that integers turn into a plausible number, or that reaches other rows."""
-    x, weight = torch.randn(3, 256), make_weight(kind, 4, 256, torch.float32)
+    x, weight = torch.randn(rows, 256), make_weight(kind, 4, 256, torch.float32)
     x[1, 77] = value
     result = linear(x, weight, version=isa)
-    assert not result[1].isfinite().any() and result[[0, 2]].isfinite().all()
+    assert not result[1].isfinite().any() and result[torch.arange(rows) != 1].isfinite().all()
 
 
 @each_isa
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("size", [0.0, 1e-38, 1e-25, 1e30])
-def test_extreme_activations(isa: str, kind: str, size: float) -> None:
+@pytest.mark.parametrize("rows", [2, 6])
+def test_extreme_activations(isa: str, kind: str, size: float, rows: int) -> None:
     """A scale that overflows or divides by zero."""
-    x, weight = torch.randn(2, 128) * size, make_weight(kind, 4, 128, torch.float32)
+    x, weight = torch.randn(rows, 128) * size, make_weight(kind, 4, 128, torch.float32)
     check_product(linear(x, weight, version=isa), x, weight)
 
 
 @each_isa
 @pytest.mark.parametrize("kind", ["int8", "int4-32"])
-def test_an_outlier_hides_only_its_block(isa: str, kind: str) -> None:
+@pytest.mark.parametrize("rows", [1, 6])
+def test_an_outlier_hides_only_its_block(isa: str, kind: str, rows: int) -> None:
     """One scale for a whole row: an activation a thousand times larger than all others would drown them."""
-    x, weight = torch.randn(1, 512), make_weight(kind, 8, 512, torch.float32)
+    x, weight = torch.randn(1, 512).repeat(rows, 1), make_weight(kind, 8, 512, torch.float32)
     without = x.clone()
-    x[0, 3] = 3000.0
-    without[0, :128] = 0
+    x[:, 3] = 3000.0
+    without[:, :128] = 0
     assert isinstance(weight, QuantisedWeight)
-    outlier = torch.zeros(1, 512)
-    outlier[0, :128] = x[0, :128]
+    outlier = torch.zeros(rows, 512)
+    outlier[:, :128] = x[:, :128]
     rest = linear(x, weight, version=isa) - linear(outlier, weight, version=isa)
     assert (rest - without @ weight.dequantise(torch.float32).T).abs().max() < 2e-2
 
