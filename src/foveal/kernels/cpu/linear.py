@@ -9,6 +9,8 @@ from foveal.kernels.matmul import QuantisedWeight, Weight, linear
 
 # Rows of activations from which torch's products win where it has been written for the processor.
 _MANY = 128
+# The same for quantised weights, which are widened for each call: by the dtype of their values.
+_MANY_QUANTISED = {torch.int8: 768, torch.uint8: 384}
 # Quantised weights that are widened at a time: some 9 bytes each.
 _WIDENED = 1 << 22
 
@@ -62,8 +64,9 @@ def _linear(kernels: Kernels, x_TX: Tensor, weight: Weight, bias: Tensor | None 
 
 
 def _torch_wins(x_TX: Tensor, weight: Weight, bias: Tensor | None = None) -> bool:
-    # With AMX also for quantised weights, although they are widened for each call.
-    if x_TX.shape[0] < _MANY or not instruction_sets() or not _accepts(x_TX, weight, bias):
+    # With AMX also for quantised weights.
+    many = _MANY if isinstance(weight, Tensor) else _MANY_QUANTISED[weight.values.dtype]
+    if x_TX.shape[0] < many or not instruction_sets() or not _accepts(x_TX, weight, bias):
         return False
     if x_TX.dtype == torch.bfloat16:
         return instruction_sets()[-1].isa == "amx" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
