@@ -140,7 +140,7 @@ struct Selection {
     return Scratch::rounded(QUERIES * heads * words * 4) + 2 * Scratch::rounded(QUERIES * heads * 4) +
            Scratch::rounded(row_words * 4) + Scratch::rounded(BUFFERS * KEYS * row_words * 4) + Scratch::rounded(KEYS * 4) +
            Scratch::rounded((KEYS + F32::width) * 4) + Scratch::rounded(sums_size() * 4) +
-           QUERIES * 2 * Scratch::rounded(candidates * 4) + RadixMemory::bytes(candidates);
+           QUERIES * 2 * candidate_bytes(candidates) + RadixMemory::bytes(candidates);
   }
 
   Workspace workspace(Scratch& scratch, int64_t candidates) const {
@@ -156,8 +156,8 @@ struct Selection {
     w.scores = scratch.take<float>(KEYS + F32::width);
     w.sums = scratch.take<Sum>(sums_size());
     for (Candidates& c : w.candidates) {
-      c.keys = scratch.take<uint32_t>(candidates);
-      c.positions = scratch.take<int32_t>(candidates);
+      c.keys = scratch.take<uint32_t>(candidates + 16);
+      c.positions = scratch.take<int32_t>(candidates + 16);
       c.capacity = candidates;
     }
     w.radix = RadixMemory(scratch, candidates);
