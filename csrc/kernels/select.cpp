@@ -105,7 +105,7 @@ struct Selection {
   using Lanes = typename Product<Dot>::Sum;
   using Sum = std::conditional_t<Dot::numbers == 4, int32_t, float>;
 
-  static constexpr int KEYS = BY_TILES<Dot> ? 32 : 36;
+  static constexpr int KEYS = BY_TILES<Dot> ? 16 : 36;
   static_assert(BY_TILES<Dot> || KEYS % TILE_ROWS == 0);
 
   const Select& s;
@@ -333,18 +333,39 @@ struct Selection {
   // The products of a block of keys and all heads, [KEYS, heads]. In between calls each_group(key) for all groups of keys.
   template <class Group>
   FOVEAL_INLINE void multiply_block(const Word* keys, const Word* panels, Sum* sums, Group each_group) const {
-    const int all = static_cast<int>(words), steps = static_cast<int>(quotient_up(heads, PANEL) * words / AMX);
+    const int all = static_cast<int>(words), steps = static_cast<int>(quotient_up(heads, 2 * PANEL) * words / AMX);
     int due = 0, key = 0;
     const auto step = [&]() __attribute__((always_inline)) {
       for (due += KEYS / GROUP; due >= steps; due -= steps, key += GROUP) each_group(key);
     };
-    for (int64_t head = 0; head < heads; head += PANEL) {
+    for (int64_t head = 0; head < heads; head += 2 * PANEL) {
       const Word* panel = panels + head * words;
-      if (columns(head) == PANEL)
-        multiply_tiles<Dot, 2, COLUMN_REGISTERS>(keys, row_words, panel, all, sums + head, heads, false, step);
+      if (heads - head > PANEL)
+        multiply_panels(keys, panel, columns(head + PANEL), sums + head, step);
+      else if (columns(head) == PANEL)
+        multiply_tiles<Dot, 1, COLUMN_REGISTERS>(keys, row_words, panel, all, sums + head, heads, false, step);
       else
-        multiply_tiles<Dot, 2, 1>(keys, row_words, panel, all, sums + head, heads, false, step);
+        multiply_tiles<Dot, 1, 1>(keys, row_words, panel, all, sums + head, heads, false, step);
     }
+  }
+
+  // A tile of keys and two panels of heads, the second with so many columns.
+  template <class Step>
+  FOVEAL_INLINE void multiply_panels(const Word* keys, const Word* panel, int64_t columns, Sum* sums, Step each_step) const {
+    const Word* second = panel + words * PANEL;
+    zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
+    for (int64_t word = 0; word < words; word += AMX, panel += AMX * PANEL, second += AMX * columns) {
+      load_tile<4>(keys + word, row_words * 4), load_tile<5>(panel, PANEL * 4);
+      Dot::template multiply_tile<0, 4, 5>();
+      load_tile<6>(panel + AMX, PANEL * 4);
+      Dot::template multiply_tile<1, 4, 6>();
+      load_tile<7>(second, columns * 4);
+      Dot::template multiply_tile<2, 4, 7>();
+      if (columns == PANEL) load_tile<5>(second + AMX, columns * 4), Dot::template multiply_tile<3, 4, 5>();
+      each_step();
+    }
+    store_tile<0>(sums, heads * 4), store_tile<1>(sums + AMX, heads * 4), store_tile<2>(sums + 2 * AMX, heads * 4);
+    if (columns == PANEL) store_tile<3>(sums + 3 * AMX, heads * 4);
   }
 
   // The scores of a group of keys, without their scales.
