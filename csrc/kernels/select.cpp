@@ -107,6 +107,8 @@ struct Selection {
 
   static constexpr int KEYS = BY_TILES<Dot> ? 16 : 36;
   static_assert(BY_TILES<Dot> || KEYS % TILE_ROWS == 0);
+  static constexpr int TAKEN = BY_TILES<Dot> ? 4 * KEYS : KEYS;  // keys whose scores meet the candidates at a time
+  static constexpr int SCORES = TAKEN + F32::width;              // whole registers
 
   const Select& s;
   const int64_t words, row_words, heads, capacity;  // heads: those of whole registers
@@ -127,8 +129,8 @@ struct Selection {
     int32_t* offsets;     // [QUERIES, heads]: where sums of whole numbers begin
     Word* row;            // [row_words]
     Word* keys;           // [BUFFERS, KEYS, row_words]
-    float* scales;        // [KEYS]
-    float* scores;        // [KEYS], whole registers
+    float* scales;        // [TAKEN]
+    float* scores;        // [QUERIES, SCORES]
     Sum* sums;            // by tiles: [BUFFERS, KEYS, heads]
     Candidates candidates[QUERIES];
     RadixMemory radix;
@@ -138,8 +140,8 @@ struct Selection {
 
   int64_t bytes(int64_t candidates) const {
     return Scratch::rounded(QUERIES * heads * words * 4) + 2 * Scratch::rounded(QUERIES * heads * 4) +
-           Scratch::rounded(row_words * 4) + Scratch::rounded(BUFFERS * KEYS * row_words * 4) + Scratch::rounded(KEYS * 4) +
-           Scratch::rounded((KEYS + F32::width) * 4) + Scratch::rounded(sums_size() * 4) +
+           Scratch::rounded(row_words * 4) + Scratch::rounded(BUFFERS * KEYS * row_words * 4) + Scratch::rounded(TAKEN * 4) +
+           Scratch::rounded(QUERIES * SCORES * 4) + Scratch::rounded(sums_size() * 4) +
            QUERIES * 2 * candidate_bytes(candidates) + RadixMemory::bytes(candidates);
   }
 
@@ -152,8 +154,8 @@ struct Selection {
     std::memset(w.row, 0, row_words * sizeof(Word));
     w.keys = scratch.take<Word>(BUFFERS * KEYS * row_words);
     std::memset(w.keys, 0, BUFFERS * KEYS * row_words * sizeof(Word));
-    w.scales = scratch.take<float>(KEYS);
-    w.scores = scratch.take<float>(KEYS + F32::width);
+    w.scales = scratch.take<float>(TAKEN);
+    w.scores = scratch.take<float>(QUERIES * SCORES);
     w.sums = scratch.take<Sum>(sums_size());
     for (Candidates& c : w.candidates) {
       c.keys = scratch.take<uint32_t>(candidates + 16);
@@ -381,9 +383,11 @@ struct Selection {
 
   // A block of keys and a query that have been multiplied.
   struct Multiplied {
-    int q, count;
-    int64_t start;
+    int q;
     const Sum* sums;
+    float* scores;
+    int64_t start;  // of the keys that are taken together
+    int count;      // of these, once the block's scores complete them; otherwise 0
   };
 
   // Keys that follow one another; none where they do not, or are not there.
@@ -420,9 +424,9 @@ struct Selection {
     const Tiles tiles;
     prefetch_keys(item.sequence, item.start, lower(item.start + AHEAD, item.stop));
     read_keys(item.sequence, item.start, lower(item.start + KEYS, item.stop), w.keys);
-    Multiplied last{0, 0, 0, nullptr};
+    Multiplied last{0, nullptr, nullptr, 0, 0};
     const auto add_last = [&](int key) __attribute__((always_inline)) {
-      add_heads(last.sums + key * heads, w.weights + last.q * heads, w.scores + key);
+      add_heads(last.sums + key * heads, w.weights + last.q * heads, last.scores + key);
     };
     int block = 0, units = 0;
     for (int64_t start = item.start; start < item.stop; start += KEYS, ++block) {
@@ -431,18 +435,20 @@ struct Selection {
       Run next = run_at(item.sequence, stop, item.stop), early = run_at(item.sequence, stop + AHEAD, item.stop);
       if (!next.count) read_keys(item.sequence, stop, lower(stop + KEYS, item.stop), next_keys);
       for (int q = 0; q < item.queries; ++q) {
-        const int64_t visible = lower(stop, item.position + q + 1) - start;
-        if (visible <= 0) continue;
+        const int64_t seen = lower(item.stop, item.position + q + 1);
+        if (seen <= start) continue;
         Sum* sums = w.sums + units++ % 2 * KEYS * heads;
         multiply_block(w.keys + block % 2 * KEYS * row_words, w.panels + q * heads * words, sums, [&](int key)
                        __attribute__((always_inline)) {
-          if (last.count) add_last(key);
+          if (last.sums) add_last(key);
           read_group(next, key, next_keys);
           prefetch_group(early, key);
         });
         next.count = early.count = 0;
         if (last.count) take(w, last.q, item.sequence, last.start, last.count);
-        last = {q, static_cast<int>(visible), start, sums};
+        const int64_t first = item.start + (start - item.start) / TAKEN * TAKEN;
+        const bool complete = start + KEYS == first + TAKEN || start + KEYS >= seen;
+        last = {q, sums, w.scores + q * SCORES + start - first, first, complete ? static_cast<int>(lower(stop, seen) - first) : 0};
       }
     }
     for (int key = 0; key < KEYS; key += GROUP) add_last(key);
@@ -453,10 +459,11 @@ struct Selection {
   // Scores of `count` positions from `start` on, without the keys' scales, to the candidates of query `q`.
   FOVEAL_INLINE void take(Workspace& w, int q, int64_t sequence, int64_t start, int count) const {
     read_scales(sequence, start, start + count, w.scales);
-    for (int n = 0; n < count; n += F32::width) store(w.scores + n, load(w.scores + n) * load(w.scales + n));
+    float* scores = w.scores + (BY_TILES<Dot> ? q * SCORES : 0);
+    for (int n = 0; n < count; n += F32::width) store(scores + n, load(scores + n) * load(w.scales + n));
     Candidates& candidates = w.candidates[q];
-    if (candidates.count + KEYS > capacity) candidates.keep_highest(s.topk, w.radix);
-    candidates.add(w.scores, count, static_cast<int32_t>(start));
+    if (candidates.count + TAKEN > capacity) candidates.keep_highest(s.topk, w.radix);
+    candidates.add(scores, count, static_cast<int32_t>(start));
   }
 
   void run_item(Workspace& w, const Item& item, const Slots& slots) const {
