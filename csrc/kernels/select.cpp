@@ -4,8 +4,10 @@
 // are too few tiles for the threads). Its queries are packed into panels of heads once (tile.h's B). Keys pass by KEYS at a
 // time: they are read where they are stored and converted into words once for all queries and heads of the tile (tile.h's
 // A; first-level cache), and each panel of heads is multiplied with them. Products never leave the registers: ReLU, head
-// weights and the sum over heads are applied to the accumulators, and one float a key is left. (Sums in tiles of AMX do, 32 keys
-// by 32 heads, for the first-level cache.)
+// weights and the sum over heads are applied to the accumulators, and one float a key is left.
+//
+// By tiles of AMX, sums do leave the registers: those of 16 keys and all heads, for the first-level cache. Every four products
+// keep the tiles busy for 64 cycles, in which the vectors add up the heads of the keys before, and read the next ones.
 //
 // Scores are not stored either. A query keeps candidates, keys that may be among its topk, in order of position; what does
 // not exceed the floor, the topk-th best score so far, is dropped at once. When the candidates' memory is full, a radix
@@ -381,7 +383,7 @@ struct Selection {
     store_sums(scores, total[0], total[1], total[2], total[3]);
   }
 
-  // A block of keys and a query that have been multiplied.
+  // A query and a block of keys that have been multiplied.
   struct Multiplied {
     int q;
     const Sum* sums;
@@ -418,8 +420,7 @@ struct Selection {
     if (run.scales) __builtin_prefetch(run.scales + key * sizeof(float), 0, 2);
   }
 
-  // Tiles and vectors at once: while a block is multiplied, the heads of what was multiplied before are added up, and the next
-  // block is read.
+  // While a block is multiplied, the heads of what was multiplied before are added up, and the next block is read.
   void run_by_tiles(Workspace& w, const Item& item) const {
     const Tiles tiles;
     prefetch_keys(item.sequence, item.start, lower(item.start + AHEAD, item.stop));
@@ -448,7 +449,8 @@ struct Selection {
         if (last.count) take(w, last.q, item.sequence, last.start, last.count);
         const int64_t first = item.start + (start - item.start) / TAKEN * TAKEN;
         const bool complete = start + KEYS == first + TAKEN || start + KEYS >= seen;
-        last = {q, sums, w.scores + q * SCORES + start - first, first, complete ? static_cast<int>(lower(stop, seen) - first) : 0};
+        const int count = complete ? static_cast<int>(lower(stop, seen) - first) : 0;
+        last = {q, sums, w.scores + q * SCORES + start - first, first, count};
       }
     }
     for (int key = 0; key < KEYS; key += GROUP) add_last(key);
