@@ -3,11 +3,12 @@
 // The columns of all products are (query, head) pairs, so that a product never has to be transposed: for a tile of keys
 //   scores[key, column]   =  keys[key, word]       . q[word, column]
 //   out[value, column]   +=  keys^T[value, key]    . exp(scores - maximum)[key, column]
-// (latent_products.h; with AMX the second one is made the other way round). The tile is gathered once into words that the products
-// broadcast (floats; pairs of bf16 where the machine multiplies those), 64 keys and 144 KiB for DeepSeek-V3 in float, and serves up
-// to COLUMNS columns: one query's heads over a selection, heads of several queries of a sequence otherwise. It stays in the
-// level-two cache while the panels of q and out (36 and 32 KiB for 16 columns) pass by. Rows that have the words' format already
-// and lie in order are read where they are: floats, and by AMX keys of bf16. The next tile's rows are prefetched all the while.
+// (latent_products.h; with AMX the second one is made the other way round). The tile is gathered once into words that the
+// products broadcast (floats; pairs of bf16 where the machine multiplies those), 64 keys and 144 KiB for DeepSeek-V3 in float,
+// and serves up to COLUMNS columns: one query's heads over a selection, heads of several queries of a sequence otherwise. It
+// stays in the level-two cache while the panels of q and out (36 and 32 KiB for 16 columns) pass by. Rows that have the words'
+// format already and lie in order are read where they are: floats, and by tiles of AMX keys of bf16. The next tile's rows are
+// prefetched all the while.
 //
 // Softmax: a column keeps a maximum and a sum. The maximum may lag behind the true one by LAG: only beyond that are out
 // and sum scaled down, which is seldom after the first tiles.

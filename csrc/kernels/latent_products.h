@@ -36,7 +36,7 @@ struct Products {
 #endif
   }
 
-  // Of scores [keys, columns], columns of register n: weights [words, columns], which may take the scores' place, and their sum.
+  // Of scores [keys, columns], columns of register n: weights [words, columns], which may take the scores' place, and the sum.
   template <int N>
   static FOVEAL_INLINE F32 weigh(const float* scores, int keys, F32 most, int n, Word* weights) {
     constexpr int columns = N * F32::width;
@@ -177,10 +177,11 @@ struct Products<Bf16Dot> {
   static int64_t size(int64_t rank) { return round_up(rank, VALUES); }
   static int steps_of_add(int64_t rank) { return static_cast<int>(size(rank) / VALUES); }
 
-  // values: pairs of keys' values, [words, values.word_step]; words: a multiple of AMX. Sums of 32 values lie together: those of
-  // each 16 columns, even ones and odd ones.
+  // values: pairs of keys' values, [words, values.word_step]; words: a multiple of AMX. Sums of 32 values lie together: those
+  // of each 16 columns, even ones and odd ones.
   template <int N, class Step>
-  static FOVEAL_INLINE void add(Left values, int words, const Word* weights, int64_t rank, float* sums, bool first, Step each_step) {
+  static FOVEAL_INLINE void add(Left values, int words, const Word* weights, int64_t rank, float* sums, bool first,
+                                Step each_step) {
     constexpr int BLOCK = AMX * AMX;
     const int64_t stride = values.word_step * 4;
     for (int64_t v = 0; v < rank; v += VALUES, sums += 2 * N * BLOCK) {

@@ -4,8 +4,10 @@
 // are too few tiles for the threads). Its queries are packed into panels of heads once (tile.h's B). Keys pass by KEYS at a
 // time: they are read where they are stored and converted into words once for all queries and heads of the tile (tile.h's
 // A; first-level cache), and each panel of heads is multiplied with them. Products never leave the registers: ReLU, head
-// weights and the sum over heads are applied to the accumulators, and one float a key is left. (Sums in tiles of AMX do, 32 keys
-// by 32 heads, for the first-level cache.)
+// weights and the sum over heads are applied to the accumulators, and one float a key is left.
+//
+// By tiles of AMX, sums do leave the registers: those of 16 keys and all heads, for the first-level cache. Every four products
+// keep the tiles busy for 64 cycles, in which the vectors add up the heads of the keys before, and read the next ones.
 //
 // Scores are not stored either. A query keeps candidates, keys that may be among its topk, in order of position; what does
 // not exceed the floor, the topk-th best score so far, is dropped at once. When the candidates' memory is full, a radix
@@ -105,8 +107,10 @@ struct Selection {
   using Lanes = typename Product<Dot>::Sum;
   using Sum = std::conditional_t<Dot::numbers == 4, int32_t, float>;
 
-  static constexpr int KEYS = BY_TILES<Dot> ? 32 : 36;
+  static constexpr int KEYS = BY_TILES<Dot> ? 16 : 36;
   static_assert(BY_TILES<Dot> || KEYS % TILE_ROWS == 0);
+  static constexpr int TAKEN = BY_TILES<Dot> ? 4 * KEYS : KEYS;  // keys whose scores meet the candidates at a time
+  static constexpr int SCORES = TAKEN + F32::width;              // whole registers
 
   const Select& s;
   const int64_t words, row_words, heads, capacity;  // heads: those of whole registers
@@ -127,8 +131,8 @@ struct Selection {
     int32_t* offsets;     // [QUERIES, heads]: where sums of whole numbers begin
     Word* row;            // [row_words]
     Word* keys;           // [BUFFERS, KEYS, row_words]
-    float* scales;        // [KEYS]
-    float* scores;        // [KEYS], whole registers
+    float* scales;        // [TAKEN]
+    float* scores;        // [QUERIES, SCORES]
     Sum* sums;            // by tiles: [BUFFERS, KEYS, heads]
     Candidates candidates[QUERIES];
     RadixMemory radix;
@@ -138,9 +142,9 @@ struct Selection {
 
   int64_t bytes(int64_t candidates) const {
     return Scratch::rounded(QUERIES * heads * words * 4) + 2 * Scratch::rounded(QUERIES * heads * 4) +
-           Scratch::rounded(row_words * 4) + Scratch::rounded(BUFFERS * KEYS * row_words * 4) + Scratch::rounded(KEYS * 4) +
-           Scratch::rounded((KEYS + F32::width) * 4) + Scratch::rounded(sums_size() * 4) +
-           QUERIES * 2 * Scratch::rounded(candidates * 4) + RadixMemory::bytes(candidates);
+           Scratch::rounded(row_words * 4) + Scratch::rounded(BUFFERS * KEYS * row_words * 4) + Scratch::rounded(TAKEN * 4) +
+           Scratch::rounded(QUERIES * SCORES * 4) + Scratch::rounded(sums_size() * 4) +
+           QUERIES * 2 * candidate_bytes(candidates) + RadixMemory::bytes(candidates);
   }
 
   Workspace workspace(Scratch& scratch, int64_t candidates) const {
@@ -152,12 +156,12 @@ struct Selection {
     std::memset(w.row, 0, row_words * sizeof(Word));
     w.keys = scratch.take<Word>(BUFFERS * KEYS * row_words);
     std::memset(w.keys, 0, BUFFERS * KEYS * row_words * sizeof(Word));
-    w.scales = scratch.take<float>(KEYS);
-    w.scores = scratch.take<float>(KEYS + F32::width);
+    w.scales = scratch.take<float>(TAKEN);
+    w.scores = scratch.take<float>(QUERIES * SCORES);
     w.sums = scratch.take<Sum>(sums_size());
     for (Candidates& c : w.candidates) {
-      c.keys = scratch.take<uint32_t>(candidates);
-      c.positions = scratch.take<int32_t>(candidates);
+      c.keys = scratch.take<uint32_t>(candidates + 16);
+      c.positions = scratch.take<int32_t>(candidates + 16);
       c.capacity = candidates;
     }
     w.radix = RadixMemory(scratch, candidates);
@@ -333,18 +337,39 @@ struct Selection {
   // The products of a block of keys and all heads, [KEYS, heads]. In between calls each_group(key) for all groups of keys.
   template <class Group>
   FOVEAL_INLINE void multiply_block(const Word* keys, const Word* panels, Sum* sums, Group each_group) const {
-    const int all = static_cast<int>(words), steps = static_cast<int>(quotient_up(heads, PANEL) * words / AMX);
+    const int all = static_cast<int>(words), steps = static_cast<int>(quotient_up(heads, 2 * PANEL) * words / AMX);
     int due = 0, key = 0;
     const auto step = [&]() __attribute__((always_inline)) {
       for (due += KEYS / GROUP; due >= steps; due -= steps, key += GROUP) each_group(key);
     };
-    for (int64_t head = 0; head < heads; head += PANEL) {
+    for (int64_t head = 0; head < heads; head += 2 * PANEL) {
       const Word* panel = panels + head * words;
-      if (columns(head) == PANEL)
-        multiply_tiles<Dot, 2, COLUMN_REGISTERS>(keys, row_words, panel, all, sums + head, heads, false, step);
+      if (heads - head > PANEL)
+        multiply_panels(keys, panel, columns(head + PANEL), sums + head, step);
+      else if (columns(head) == PANEL)
+        multiply_tiles<Dot, 1, COLUMN_REGISTERS>(keys, row_words, panel, all, sums + head, heads, false, step);
       else
-        multiply_tiles<Dot, 2, 1>(keys, row_words, panel, all, sums + head, heads, false, step);
+        multiply_tiles<Dot, 1, 1>(keys, row_words, panel, all, sums + head, heads, false, step);
     }
+  }
+
+  // A tile of keys and two panels of heads, the second with so many columns.
+  template <class Step>
+  FOVEAL_INLINE void multiply_panels(const Word* keys, const Word* panel, int64_t columns, Sum* sums, Step each_step) const {
+    const Word* second = panel + words * PANEL;
+    zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
+    for (int64_t word = 0; word < words; word += AMX, panel += AMX * PANEL, second += AMX * columns) {
+      load_tile<4>(keys + word, row_words * 4), load_tile<5>(panel, PANEL * 4);
+      Dot::template multiply_tile<0, 4, 5>();
+      load_tile<6>(panel + AMX, PANEL * 4);
+      Dot::template multiply_tile<1, 4, 6>();
+      load_tile<7>(second, columns * 4);
+      Dot::template multiply_tile<2, 4, 7>();
+      if (columns == PANEL) load_tile<5>(second + AMX, columns * 4), Dot::template multiply_tile<3, 4, 5>();
+      each_step();
+    }
+    store_tile<0>(sums, heads * 4), store_tile<1>(sums + AMX, heads * 4), store_tile<2>(sums + 2 * AMX, heads * 4);
+    if (columns == PANEL) store_tile<3>(sums + 3 * AMX, heads * 4);
   }
 
   // The scores of a group of keys, without their scales.
@@ -358,11 +383,13 @@ struct Selection {
     store_sums(scores, total[0], total[1], total[2], total[3]);
   }
 
-  // A block of keys and a query that have been multiplied.
+  // A query and a block of keys that have been multiplied.
   struct Multiplied {
-    int q, count;
-    int64_t start;
+    int q;
     const Sum* sums;
+    float* scores;
+    int64_t start;  // of the keys that are taken together
+    int count;      // of these, once the block's scores complete them; otherwise 0
   };
 
   // Keys that follow one another; none where they do not, or are not there.
@@ -393,15 +420,14 @@ struct Selection {
     if (run.scales) __builtin_prefetch(run.scales + key * sizeof(float), 0, 2);
   }
 
-  // Tiles and vectors at once: while a block is multiplied, the heads of what was multiplied before are added up, and the next
-  // block is read.
+  // While a block is multiplied, the heads of what was multiplied before are added up, and the next block is read.
   void run_by_tiles(Workspace& w, const Item& item) const {
     const Tiles tiles;
     prefetch_keys(item.sequence, item.start, lower(item.start + AHEAD, item.stop));
     read_keys(item.sequence, item.start, lower(item.start + KEYS, item.stop), w.keys);
-    Multiplied last{0, 0, 0, nullptr};
+    Multiplied last{0, nullptr, nullptr, 0, 0};
     const auto add_last = [&](int key) __attribute__((always_inline)) {
-      add_heads(last.sums + key * heads, w.weights + last.q * heads, w.scores + key);
+      add_heads(last.sums + key * heads, w.weights + last.q * heads, last.scores + key);
     };
     int block = 0, units = 0;
     for (int64_t start = item.start; start < item.stop; start += KEYS, ++block) {
@@ -410,18 +436,21 @@ struct Selection {
       Run next = run_at(item.sequence, stop, item.stop), early = run_at(item.sequence, stop + AHEAD, item.stop);
       if (!next.count) read_keys(item.sequence, stop, lower(stop + KEYS, item.stop), next_keys);
       for (int q = 0; q < item.queries; ++q) {
-        const int64_t visible = lower(stop, item.position + q + 1) - start;
-        if (visible <= 0) continue;
+        const int64_t seen = lower(item.stop, item.position + q + 1);
+        if (seen <= start) continue;
         Sum* sums = w.sums + units++ % 2 * KEYS * heads;
         multiply_block(w.keys + block % 2 * KEYS * row_words, w.panels + q * heads * words, sums, [&](int key)
                        __attribute__((always_inline)) {
-          if (last.count) add_last(key);
+          if (last.sums) add_last(key);
           read_group(next, key, next_keys);
           prefetch_group(early, key);
         });
         next.count = early.count = 0;
         if (last.count) take(w, last.q, item.sequence, last.start, last.count);
-        last = {q, static_cast<int>(visible), start, sums};
+        const int64_t first = item.start + (start - item.start) / TAKEN * TAKEN;
+        const bool complete = start + KEYS == first + TAKEN || start + KEYS >= seen;
+        const int count = complete ? static_cast<int>(lower(stop, seen) - first) : 0;
+        last = {q, sums, w.scores + q * SCORES + start - first, first, count};
       }
     }
     for (int key = 0; key < KEYS; key += GROUP) add_last(key);
@@ -432,10 +461,11 @@ struct Selection {
   // Scores of `count` positions from `start` on, without the keys' scales, to the candidates of query `q`.
   FOVEAL_INLINE void take(Workspace& w, int q, int64_t sequence, int64_t start, int count) const {
     read_scales(sequence, start, start + count, w.scales);
-    for (int n = 0; n < count; n += F32::width) store(w.scores + n, load(w.scores + n) * load(w.scales + n));
+    float* scores = w.scores + (BY_TILES<Dot> ? q * SCORES : 0);
+    for (int n = 0; n < count; n += F32::width) store(scores + n, load(scores + n) * load(w.scales + n));
     Candidates& candidates = w.candidates[q];
-    if (candidates.count + KEYS > capacity) candidates.keep_highest(s.topk, w.radix);
-    candidates.add(w.scores, count, static_cast<int32_t>(start));
+    if (candidates.count + TAKEN > capacity) candidates.keep_highest(s.topk, w.radix);
+    candidates.add(scores, count, static_cast<int32_t>(start));
   }
 
   void run_item(Workspace& w, const Item& item, const Slots& slots) const {

@@ -95,10 +95,11 @@ def test_cases(isa: str, case: str, name: str) -> None:
 
 
 @each_isa
-@pytest.mark.parametrize("topk", [63, 64, 65, 600, 1290])
-def test_long_selections(isa: str, topk: int) -> None:
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+@pytest.mark.parametrize("topk", [63, 64, 65, 257, 600, 1290])
+def test_long_selections(isa: str, topk: int, name: str) -> None:
     """Tiles and ranges of a selection that begin or end in the wrong place."""
-    check(isa, [2, 1], [1300, 700], (6, 48, 16), "float32", topk)
+    check(isa, [2, 1], [1300, 700], (6, 48, 16), name, topk)
 
 
 @each_isa

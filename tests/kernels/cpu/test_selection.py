@@ -76,7 +76,7 @@ def exact_scores(q_TIJ: Tensor, weights_TI: Tensor, k_NJ: Tensor) -> Tensor:
 @each_isa
 @pytest.mark.parametrize(("asked", "stored", "paged"), PLACED)
 @pytest.mark.parametrize("case", [*CASES, "long"])
-@pytest.mark.parametrize(("heads", "size", "topk"), [(3, 4, 7), (17, 33, 40), (64, 128, 64)])
+@pytest.mark.parametrize(("heads", "size", "topk"), [(3, 4, 7), (17, 33, 40), (64, 128, 64), (70, 8, 9), (100, 66, 9)])
 def test_select(
     isa: str, case: str, paged: bool, asked: torch.dtype, stored: str, heads: int, size: int, topk: int
 ) -> None:
