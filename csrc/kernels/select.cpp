@@ -113,13 +113,16 @@ struct Selection {
   static constexpr int SCORES = TAKEN + F32::width;              // whole registers
 
   const Select& s;
-  const int64_t words, row_words, heads, capacity;  // heads: those of whole registers
+  const int64_t words, row_words, heads;  // heads: those of whole registers
+  const int shared;                       // queries of few heads, side by side in a panel
+  const int64_t capacity;
 
   explicit Selection(const Select& select)
       : s(select),
         words(words_of<Dot>(s.size)),
         row_words(quotient_up(words, 16) * 16),
         heads(quotient_up(s.heads, F32::width) * F32::width),
+        shared(BY_TILES<Dot> ? 1 : 4 * s.heads <= PANEL ? 4 : 2 * s.heads <= PANEL ? 2 : 1),
         capacity(2 * s.topk + 2048) {}
 
   static constexpr int BUFFERS = BY_TILES<Dot> ? 2 : 1;
@@ -127,8 +130,8 @@ struct Selection {
   // The memory of one thread.
   struct Workspace {
     Word* panels;         // [QUERIES, heads / PANEL, words, PANEL], the last panel perhaps one register wide
-    float* weights;       // [QUERIES, heads]
-    int32_t* offsets;     // [QUERIES, heads]: where sums of whole numbers begin
+    float* weights;       // [QUERIES, heads]; of queries that share a panel [QUERIES, PANEL]
+    int32_t* offsets;     // [QUERIES, heads]: where sums of whole numbers begin; likewise
     Word* row;            // [row_words]
     Word* keys;           // [BUFFERS, KEYS, row_words]
     float* scales;        // [TAKEN]
@@ -141,7 +144,7 @@ struct Selection {
   int64_t sums_size() const { return BY_TILES<Dot> ? BUFFERS * KEYS * heads : 0; }
 
   int64_t bytes(int64_t candidates) const {
-    return Scratch::rounded(QUERIES * heads * words * 4) + 2 * Scratch::rounded(QUERIES * heads * 4) +
+    return Scratch::rounded(panel_words() * 4) + 2 * Scratch::rounded(QUERIES * weight_columns() * 4) +
            Scratch::rounded(row_words * 4) + Scratch::rounded(BUFFERS * KEYS * row_words * 4) + Scratch::rounded(TAKEN * 4) +
            Scratch::rounded(QUERIES * SCORES * 4) + Scratch::rounded(sums_size() * 4) +
            QUERIES * 2 * candidate_bytes(candidates) + RadixMemory::bytes(candidates);
@@ -149,9 +152,9 @@ struct Selection {
 
   Workspace workspace(Scratch& scratch, int64_t candidates) const {
     Workspace w;
-    w.panels = scratch.take<Word>(QUERIES * heads * words);
-    w.weights = scratch.take<float>(QUERIES * heads);
-    w.offsets = scratch.take<int32_t>(QUERIES * heads);
+    w.panels = scratch.take<Word>(panel_words());
+    w.weights = scratch.take<float>(QUERIES * weight_columns());
+    w.offsets = scratch.take<int32_t>(QUERIES * weight_columns());
     w.row = scratch.take<Word>(row_words);
     std::memset(w.row, 0, row_words * sizeof(Word));
     w.keys = scratch.take<Word>(BUFFERS * KEYS * row_words);
@@ -168,31 +171,48 @@ struct Selection {
     return w;
   }
 
+  // Columns that a query's weights stand in.
+  int64_t weight_columns() const { return shared > 1 ? PANEL : heads; }
+  int64_t panel_words() const { return QUERIES * heads > PANEL ? QUERIES * heads * words : PANEL * words; }
+
   // The columns of the panel that begins with this head.
   int64_t columns(int64_t head) const { return lower(PANEL, heads - head); }
 
-  // Query `row` of the batch as panels, place `q` of the workspace. Heads that fill up the last register weigh nothing.
-  void pack_query(const Workspace& w, int q, int64_t row) const {
-    const int64_t row_bytes = s.size * number_bytes(s.query_format);
-    Word* packed = w.panels + q * heads * words;
-    float* weights = w.weights + q * heads;
-    int32_t* offsets = w.offsets + q * heads;
-    for (int64_t h = 0; h < heads; ++h) {
-      const uint8_t* numbers = s.queries + (row * s.heads + h) * row_bytes;
-      if (h < s.heads)
-        RowOf<Dot>::read(s.query_format, numbers, s.size, w.row, false);
-      else
-        std::memset(w.row, 0, words * sizeof(Word));
-      const int64_t first = h / PANEL * PANEL, stride = columns(first);
-      Word* column = packed + first * words + h - first;
-      for (int64_t i = 0; i < words; ++i) column[i * stride] = w.row[i];
-      weights[h] = h < s.heads ? s.weights[row * s.heads + h] * unit<Dot>(s.query_format) : 0.0f;
-      if constexpr (Dot::numbers == 4 && Int8Dot::key_offset) {
-        int32_t total = 0;
-        for (int64_t i = 0; h < s.heads && i < s.size; ++i) total += static_cast<int8_t>(numbers[i]);
-        offsets[h] = -Int8Dot::key_offset * total;
-      }
+  // A head of query `row` as a column of a panel. One that only fills up a register, or a panel (row -1), weighs nothing.
+  void pack_head(const Workspace& w, int64_t row, int64_t head, Word* column, int64_t stride, float* weight,
+                 int32_t* offset) const {
+    const bool real = row >= 0 && head < s.heads;
+    const uint8_t* numbers = s.queries + (row * s.heads + head) * s.size * number_bytes(s.query_format);
+    if (real)
+      RowOf<Dot>::read(s.query_format, numbers, s.size, w.row, false);
+    else
+      std::memset(w.row, 0, words * sizeof(Word));
+    for (int64_t i = 0; i < words; ++i) column[i * stride] = w.row[i];
+    *weight = real ? s.weights[row * s.heads + head] * unit<Dot>(s.query_format) : 0.0f;
+    if constexpr (Dot::numbers == 4 && Int8Dot::key_offset) {
+      int32_t total = 0;
+      for (int64_t i = 0; real && i < s.size; ++i) total += static_cast<int8_t>(numbers[i]);
+      *offset = -Int8Dot::key_offset * total;
     }
+  }
+
+  // Query `row` of the batch as panels, place `q` of the workspace.
+  void pack_query(const Workspace& w, int q, int64_t row) const {
+    if (shared > 1) return pack_shared(w, q, row);
+    for (int64_t h = 0; h < heads; ++h) {
+      const int64_t first = h / PANEL * PANEL;
+      Word* column = w.panels + (q * heads + first) * words + h - first;
+      pack_head(w, row, h, column, columns(first), w.weights + q * heads + h, w.offsets + q * heads + h);
+    }
+  }
+
+  // A query of few heads in its columns of the panel that it shares; those of others weigh nothing for it.
+  void pack_shared(const Workspace& w, int q, int64_t row) const {
+    const int own = PANEL / shared, first = q % shared * own, panel = q / shared * PANEL;
+    std::memset(w.weights + q * PANEL, 0, PANEL * sizeof(float));
+    for (int h = 0; h < own; ++h)
+      pack_head(w, row, h, w.panels + panel * words + first + h, PANEL, w.weights + q * PANEL + first + h,
+                w.offsets + panel + first + h);
   }
 
   bool in_records() const { return s.keys.format == Format::e4m3 || s.keys.format == Format::int8; }
@@ -251,12 +271,11 @@ struct Selection {
     });
   }
 
-  // One panel of heads and a tile's rows of keys: adds to each key's sums by lane.
+  // The products of a tile's rows of keys and a panel.
   template <int registers>
-  FOVEAL_INLINE void score_rows(
-      const Word* keys, const Word* panel, const float* weights, const int32_t* offsets, float* totals, bool first) const {
+  FOVEAL_INLINE void multiply_keys(const Word* keys, const Word* panel, const int32_t* offsets,
+                                   Lanes (&sum)[TILE_ROWS][registers]) const {
     constexpr int M = TILE_ROWS, width = registers * F32::width;
-    Lanes sum[M][registers];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
@@ -271,13 +290,37 @@ struct Selection {
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) multiply_add_row<Dot, registers>(keys + m * row_words, panel, sum[m]);
     }
+  }
+
+  // One panel of heads and a tile's rows of keys: adds to each key's sums by lane.
+  template <int registers>
+  FOVEAL_INLINE void score_rows(
+      const Word* keys, const Word* panel, const float* weights, const int32_t* offsets, float* totals, bool first) const {
+    Lanes sum[TILE_ROWS][registers];
+    multiply_keys<registers>(keys, panel, offsets, sum);
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
+    for (int m = 0; m < TILE_ROWS; ++m) {
       F32 total = first ? zero() : load(totals + m * F32::width);
 #pragma GCC unroll 4
       for (int n = 0; n < registers; ++n)
         total = fma(max(to_float(sum[m][n]), zero()), load(weights + n * F32::width), total);
       store(totals + m * F32::width, total);
+    }
+  }
+
+  // As `score_rows`, for queries that share the panel: sums by lane of each, of KEYS keys. A query's heads are in one register.
+  template <int sharing>
+  FOVEAL_INLINE void score_shared_rows(
+      const Word* keys, const Word* panel, const float* weights, const int32_t* offsets, float* totals) const {
+    Lanes sum[TILE_ROWS][COLUMN_REGISTERS];
+    multiply_keys<COLUMN_REGISTERS>(keys, panel, offsets, sum);
+#pragma GCC unroll 4
+    for (int q = 0; q < sharing; ++q) {
+      const int n = q * COLUMN_REGISTERS / sharing;
+      const F32 weight = load(weights + q * PANEL + n * F32::width);
+#pragma GCC unroll 16
+      for (int m = 0; m < TILE_ROWS; ++m)
+        store(totals + (q * KEYS + m) * F32::width, max(to_float(sum[m][n]), zero()) * weight);
     }
   }
 
@@ -308,23 +351,46 @@ struct Selection {
       else
         score_panel<1>(w, q, head, count, totals);
     }
+    add_lanes(totals, count, w.scores + q * SCORES);
+  }
+
+  // A score for each key's sums by lane.
+  FOVEAL_INLINE void add_lanes(const float* totals, int count, float* scores) const {
     for (int n = 0; n < count; n += 4) {
       const float* four = totals + n * F32::width;
-      store_sums(w.scores + n, load(four), load(four + F32::width), load(four + 2 * F32::width), load(four + 3 * F32::width));
+      store_sums(scores + n, load(four), load(four + F32::width), load(four + 2 * F32::width), load(four + 3 * F32::width));
     }
+  }
+
+  // Scores of the queries that share a panel, `q` the first of them, and `count` keys.
+  template <int sharing>
+  __attribute__((noinline)) void score_shared(const Workspace& w, int q, int count, Ahead ahead) const {
+    alignas(64) float totals[sharing * KEYS * F32::width];
+    const int panel = q / sharing * PANEL;
+    prefetch_keys(ahead.sequence, ahead.start, ahead.start + ahead.count);
+    for (int n = 0; n < count; n += TILE_ROWS)
+      score_shared_rows<sharing>(w.keys + n * row_words, w.panels + panel * words, w.weights + q * PANEL, w.offsets + panel,
+                                 totals + n * F32::width);
+    for (int i = 0; i < sharing; ++i) add_lanes(totals + i * KEYS * F32::width, count, w.scores + (q + i) * SCORES);
   }
 
   void run_by_rows(Workspace& w, const Item& item) const {
     for (int64_t start = item.start; start < item.stop; start += KEYS) {
-      const int64_t stop = lower(item.stop, start + KEYS);
+      const int64_t stop = lower(item.stop, start + KEYS), next = start + KEYS;
+      const auto seen = [&](int q) { return static_cast<int>(lower(stop, item.position + q + 1) - start); };
       read_keys(item.sequence, start, stop, w.keys);
-      for (int q = 0; q < item.queries; ++q) {
-        const int64_t visible = lower(stop, item.position + q + 1) - start;
-        if (visible <= 0) continue;
-        const int64_t next = start + KEYS;
+      for (int q = 0; q < item.queries; q += shared) {
+        const int last = static_cast<int>(lower(q + shared, item.queries)) - 1, most = seen(last);
+        if (most <= 0) continue;
         const Ahead ahead{item.sequence, next, q == 0 ? higher(0, lower(KEYS, item.stop - next)) : 0};
-        score(w, q, static_cast<int>(visible), ahead);
-        take(w, q, item.sequence, start, static_cast<int>(visible));
+        if (shared == 4)
+          score_shared<4>(w, q, most, ahead);
+        else if (shared == 2)
+          score_shared<2>(w, q, most, ahead);
+        else
+          score(w, q, most, ahead);
+        for (int i = q; i <= last; ++i)
+          if (seen(i) > 0) take(w, i, item.sequence, start, seen(i));
       }
     }
   }
@@ -461,7 +527,7 @@ struct Selection {
   // Scores of `count` positions from `start` on, without the keys' scales, to the candidates of query `q`.
   FOVEAL_INLINE void take(Workspace& w, int q, int64_t sequence, int64_t start, int count) const {
     read_scales(sequence, start, start + count, w.scales);
-    float* scores = w.scores + (BY_TILES<Dot> ? q * SCORES : 0);
+    float* scores = w.scores + q * SCORES;
     for (int n = 0; n < count; n += F32::width) store(scores + n, load(scores + n) * load(w.scales + n));
     Candidates& candidates = w.candidates[q];
     if (candidates.count + TAKEN > capacity) candidates.keep_highest(s.topk, w.radix);
@@ -470,8 +536,8 @@ struct Selection {
 
   void run_item(Workspace& w, const Item& item, const Slots& slots) const {
     if (item.position < s.topk) return fill(item);
-    for (int q = 0; q < item.queries; ++q) {
-      pack_query(w, q, item.query + q);
+    for (int q = 0; q < quotient_up(item.queries, shared) * shared; ++q) {
+      pack_query(w, q, q < item.queries ? item.query + q : -1);
       w.candidates[q].clear();
     }
 #if defined(FOVEAL_AMX)
