@@ -7,7 +7,10 @@ the sizes of one layer of a released model, in float32: one token of 1 and of 32
 Two bounds, both measured here: all inputs, outputs and states at the bandwidth of a copy, and the kernel's products and
 multiply-adds at the rate of registers. "of bound" is the larger one over the time.
 
-python benchmarks/recurrent.py [--threads 1 2] [--only scan ...] [--quick] [--json] [--plot FILE]
+--training measures something else: forward and backward pass of what has a compiled backward pass, beside the form in
+torch, one sequence of 512 tokens, in processor time of one thread, which other work on the machine disturbs less.
+
+python benchmarks/recurrent.py [--threads 1 2] [--only scan ...] [--quick] [--training] [--json] [--plot FILE]
 """
 
 import argparse
@@ -30,6 +33,7 @@ from torch.nn.functional import normalize
 from foveal.kernels import Operation, Queries, causal_conv, delta_rule, selective_scan, ssd
 
 PREFILL, QUICK_PREFILL = 2048, 256
+TRAINING = 512  # tokens: the form in torch keeps several numbers for each token and state
 BATCHES = (1, 32)
 COLD_BYTES = 192 << 20  # more than any level of cache
 HEADER = (
@@ -74,6 +78,17 @@ class Row:
     def bound_ms(self) -> float:
         """What neither memory nor arithmetic allows to be beaten."""
         return max(self.memory_ms, self.arithmetic_ms)
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """The least processor time of forward and backward pass, for one layer."""
+
+    operation: str
+    model: str
+    tokens: int
+    torch_ms: float
+    compiled_ms: float
 
 
 @dataclass(frozen=True)
@@ -171,6 +186,24 @@ def measure(name: str, lengths: Sequence[int], ceilings: Ceilings, repetitions: 
     return Row(name, case.model, ceilings.threads, what, torch_ms, compiled_ms, memory_ms, arithmetic_ms)
 
 
+def measure_training(name: str, tokens: int, repetitions: int) -> TrainingRow:
+    """Both versions in turns in this process, with gradients of all inputs."""
+    torch.set_num_threads(1)
+    case = CASES[name]
+    inputs = [None if x is None else x.requires_grad_() for x in case.make(tokens, 1)]
+    learnt = [x for x in inputs if x is not None]
+    versions = ("torch", case.operation.chosen(gradients=True))
+    spent: dict[str, list[float]] = {version: [] for version in versions}
+    for _ in range(repetitions + 1):
+        for version in versions:
+            start = time.thread_time()
+            out, last = case.operation(*inputs, Queries((0, tokens), (0,)), version=version)
+            torch.autograd.grad(out.sum() + last.sum(), learnt)
+            spent[version].append((time.thread_time() - start) * 1e3)
+    torch_ms, compiled_ms = (min(spent[version][1:]) for version in versions)
+    return TrainingRow(name, case.model, tokens, torch_ms, compiled_ms)
+
+
 def _bytes(tensors: Sequence[Tensor | None]) -> int:
     return sum(x.nbytes for x in tensors if x is not None)
 
@@ -208,6 +241,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help=f"prefill {QUICK_PREFILL} tokens, one repetition")
+    parser.add_argument("--training", action="store_true", help="forward and backward pass instead")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the times over the bounds (needs matplotlib)")
     arguments = parser.parse_args()
@@ -215,6 +249,12 @@ def main() -> None:
         parser.error("there are no compiled kernels here (foveal doctor says more)")
     torch.manual_seed(0)
     prefill, repetitions = (QUICK_PREFILL, 1) if arguments.quick else (PREFILL, arguments.repetitions)
+    if arguments.training:
+        tokens = QUICK_PREFILL if arguments.quick else TRAINING
+        learning = [name for name in arguments.only if CASES[name].operation.chosen(gradients=True) != "torch"]
+        rows_of_training = [measure_training(name, tokens, repetitions) for name in learning]
+        print_training(rows_of_training, as_json=arguments.json)
+        return
     rows, reached = [], []
     for threads in arguments.threads:
         reached.append(ceilings := Ceilings.of(threads))
@@ -226,6 +266,25 @@ def main() -> None:
     if arguments.plot:
         plot(rows, arguments.plot)
     print_rows(rows, reached, as_json=arguments.json)
+
+
+def print_training(rows: Sequence[TrainingRow], *, as_json: bool) -> None:
+    """The table under the circumstances it was measured in."""
+    told = {name: value for name, value in circumstances().items() if name != "threads"}
+    if as_json:
+        print(json.dumps({"circumstances": told, "training": [asdict(row) for row in rows]}))
+        return
+    print(", ".join(f"{name} {value}" for name, value in told.items()))
+    print_table(
+        ("operation", "sizes of", "tokens", "torch CPU ms", "compiled CPU ms", "torch / compiled"),
+        [
+            [
+                *(row.operation, row.model, str(row.tokens)),
+                *(f"{row.torch_ms:.1f}", f"{row.compiled_ms:.1f}", f"{row.torch_ms / row.compiled_ms:.1f}"),
+            ]
+            for row in rows
+        ],
+    )
 
 
 def print_rows(rows: Sequence[Row], reached: Sequence[Ceilings], *, as_json: bool) -> None:

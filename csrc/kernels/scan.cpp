@@ -148,6 +148,9 @@ void scan_block(const Scan& scan, const Block& block, const Share& share) {
       pad(token.b, 1, states, share.b), pad(token.c, 1, states, share.c);
       token.b = share.b, token.c = share.c;
     }
+    const Checkpoints<float>& kept = scan.checkpoints;
+    if (kept.states && (t - begin) % kept.chunk == 0)
+      unpad(in, block.count, states, kept.states + (kept.row(block.sequence, begin, t) * channels + channel) * states);
     float* y = scan.y + t * channels + channel;
     if (in == out)
       advance_all<by_state, fixed, true>(token, share, block.count, in, out, y);

@@ -10,6 +10,18 @@
 
 namespace foveal {
 
+// The states before a sequence's tokens 0, chunk, 2 chunk, ...; nothing is kept where there is no memory for it.
+template <class Number>
+struct Checkpoints {
+  Number* states;  // [tokens / chunk + sequences, heads * channels, states], or null
+  int64_t chunk;
+
+  // The row of a token of a sequence that begins at token `begin`: no two are the same.
+  int64_t row(int64_t sequence, int64_t begin, int64_t token) const {
+    return begin / chunk + sequence + (token - begin) / chunk;
+  }
+};
+
 struct Scan {
   PerToken<float> u;       // [tokens, heads * channels]
   PerToken<float> dt;      // [tokens, heads * channels]; of SSD [tokens, heads]
@@ -21,12 +33,27 @@ struct Scan {
   int64_t heads, channels, groups, states;  // channels: of a head; Mamba-1 has one head and one group
   Spans sequences;
   int threads;
+  Checkpoints<float> checkpoints = {nullptr, 1};  // for a backward pass
 };
 
-#define FOVEAL_DECLARE(isa)         \
-  namespace isa {                   \
-  void selective_scan(const Scan&); \
-  void ssd(const Scan&);            \
+// Gradients (d_...) of a Mamba-1 scan.
+struct ScanGradient {
+  PerToken<float> u, dt, b, c;  // as in Scan
+  const float *a, *d_y, *d_state_out;
+  Checkpoints<const float> checkpoints;
+  float *d_u, *d_dt;            // [tokens, channels]
+  float *d_b, *d_c;             // [blocks of channels, tokens, states]: what each block adds
+  float *d_a, *d_state_in;
+  int64_t channels, states, block;  // block: channels that go through all tokens together
+  Spans sequences;
+  int threads;
+};
+
+#define FOVEAL_DECLARE(isa)                          \
+  namespace isa {                                    \
+  void selective_scan(const Scan&);                  \
+  void selective_scan_gradient(const ScanGradient&); \
+  void ssd(const Scan&);                             \
   }
 FOVEAL_FOR_EACH_ISA(FOVEAL_DECLARE)
 #undef FOVEAL_DECLARE

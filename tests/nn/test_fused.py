@@ -198,7 +198,7 @@ def test_latent_caches(isa: str, dtype: torch.dtype, kv: str, index: str, monkey
                 expected = decoder.step(batch, caches[1]).logits_LV
             if len(result) <= FUSED_TOKENS:
                 errors.append((result - expected).norm(dim=1) / expected.norm(dim=1))
-    assert torch.cat(errors).median() < (1e-3 if dtype == torch.float32 else 2e-2)
+    assert torch.cat(errors).median() < (1e-3 if dtype == torch.float32 else 4e-2)
 
 
 RECURRENT: dict[str, RecurrentConfig] = {

@@ -75,19 +75,21 @@ def _extension() -> Any:
 
 
 def compiled(
-    operation: Operation[Params, Result], accepts: Callable[Params, bool]
+    operation: Operation[Params, Result], accepts: Callable[Params, bool], *, learns: bool = False
 ) -> Callable[[Callable[Concatenate[Kernels, Params], Result]], Callable[Concatenate[Kernels, Params], Result]]:
     """Register a function as a version of the operation for each instruction set (a decorator).
 
     The function gets the kernels first. `accepts`: whether they can serve these arguments (dtype, layout, sizes); where
-    not, the next slower version does.
+    not, the next slower version does. `learns`: the function is differentiable; its versions, "avx2_recomputed" and so
+    on, are to be registered before those without gradients, which calls that want none prefer.
     """
 
     def register(
         function: Callable[Concatenate[Kernels, Params], Result],
     ) -> Callable[Concatenate[Kernels, Params], Result]:
         for kernels in instruction_sets():
-            add = operation.add(kernels.isa, differentiable=False, devices=("cpu",), accepts=accepts)
+            name = f"{kernels.isa}_recomputed" if learns else kernels.isa
+            add = operation.add(name, differentiable=learns, devices=("cpu",), accepts=accepts)
             add(partial(function, kernels))
         return function
 
