@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from foveal.cache import CacheManager
+from foveal.cache.layouts import StateSlots
 from foveal.engine.look import Recorder, TokenSelection
 from foveal.engine.scheduler import Chunk
-from foveal.nn.batch import Batch, StateSlots
+from foveal.nn.batch import Batch
 from foveal.nn.watch import Watch
 
 
