@@ -63,8 +63,8 @@ class Waits(TorchDispatchMode):
         self.sent += 1
 
 
-class Indexing(TorchFunctionMode):
-    """x[...] and ~x by operations: torch's own way asks for the device's driver, even for fake tensors."""
+class Bindings(TorchFunctionMode):
+    """What torch's own bindings ask the device's driver for, even of fake tensors, by operations."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__getitem__:
@@ -75,9 +75,12 @@ class Indexing(TorchFunctionMode):
             if tensors:
                 assert isinstance(args[2], Tensor), "a number that has to be sent first"
                 return torch.ops.aten.index_put_(viewed, tensors, args[2])
-            return viewed.copy_(args[2]) if isinstance(args[2], Tensor) else viewed.fill_(args[2])
+            number = not isinstance(args[2], Tensor)
+            return viewed.fill_(args[2]) if number else torch.ops.aten.copy_(viewed, args[2])
         if func is Tensor.__invert__:
             return torch.bitwise_not(args[0])
+        if func is Tensor.copy_:
+            return torch.ops.aten.copy_(*args, (kwargs or {}).get("non_blocking", False))
         return func(*args, **(kwargs or {}))
 
 
@@ -125,7 +128,7 @@ def device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     try:
-        with Indexing(), FakeTensorMode(), Waits() as waits:
+        with Bindings(), FakeTensorMode(), Waits() as waits:
             yield waits
     finally:
         forget()

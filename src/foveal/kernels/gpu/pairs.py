@@ -14,9 +14,7 @@ from foveal.kernels.gpu.launch import Launch, block_size, ceil_div
 
 
 @triton.jit
-def pair_kernel(
-    x, weight, chosen, order, out, shared, inputs, outputs, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr
-):
+def pair_kernel(x, weight, chosen, order, out, shared, inputs, outputs, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr):
     """Outputs [BLOCK_Y] of one pair. `shared`: pairs that follow one another and read the same row of x."""
     pair = tl.load(order + tl.program_id(0))
     expert = tl.load(chosen + pair)
