@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from foveal.engine.graphs import Work
+from foveal.kernels import operations
 from foveal.kernels.gpu.launch import Launch
 
 
@@ -60,17 +62,18 @@ def _storage(x: Tensor) -> int:
 
 
 class TapeCapture:
-    """`Capture` by tapes."""
+    """`Capture` by tapes, of what a card would run."""
 
     def __init__(self) -> None:
         self.captured, self.replayed = 0, 0
 
     def __call__(self, work: Work) -> Work:
         """See `Capture`."""
-        work()
         tape = Tape()
-        with tape, _recorded(tape):
-            result = work()
+        with _versions_of_a_card():
+            work()
+            with tape, _recorded(tape):
+                result = work()
         self.captured += 1
 
         def replay() -> Tensor:
@@ -79,6 +82,20 @@ class TapeCapture:
             return result
 
         return replay
+
+
+@contextmanager
+def _versions_of_a_card() -> Iterator[None]:
+    """Of every operation the version that a card would get, Triton's by its interpreter; none for the CPU alone."""
+    known = {operation: operation._preferred for operation in operations()}
+    for operation, versions in known.items():
+        found = (replace(version, devices=("cpu", "cuda")) for version in versions if "cuda" in version.devices)
+        operation._preferred = tuple(found)
+    try:
+        yield
+    finally:
+        for operation, versions in known.items():
+            operation._preferred = versions
 
 
 @contextmanager

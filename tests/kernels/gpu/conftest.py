@@ -19,11 +19,3 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
             both = {**operation._versions, "triton": replace(version, devices=("cpu", "cuda"))}
             monkeypatch.setattr(operation, "_versions", both)
             monkeypatch.setattr(operation, "_preferred", tuple(reversed(both.values())))
-
-
-@pytest.fixture
-def as_on_a_card(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of every operation the version that a card would get: none that is for the CPU alone."""
-    for operation in kernels.operations():
-        found = tuple(version for version in operation._preferred if "cuda" in version.devices)
-        monkeypatch.setattr(operation, "_preferred", found)
