@@ -24,6 +24,8 @@ Work = Callable[[], Tensor]
 Capture = Callable[[Work], Work]
 """From a function to one that does the same work on the same tensors again, returning the same tensor."""
 
+# Larger steps gain little, and some operations of theirs group tokens by numbers that the host waits for.
+_MOST_SEQUENCES = 256
 # Pages of the shortest contexts that have graphs of their own; the next are four times as long.
 _LEAST_PAGES = 32
 _PAGES_STEP = 4
@@ -62,8 +64,10 @@ class DecodeGraphs:
         self._possible = True
 
     def run(self, rows: Sequence[DecodeRow]) -> Tensor | None:
-        """Logits [S, V] of one token for each sequence, valid until the next run. None where this model has an
-        operation that must know the contexts' lengths on the host."""
+        """Logits [S, V] of one token for each sequence, valid until the next run. None where there are too many of
+        them, or this model has an operation that must know the contexts' lengths on the host."""
+        if len(rows) > _MOST_SEQUENCES:
+            return None
         size = self._size(len(rows), max(len(row.table) for row in rows))
         if self._possible and size not in self._graphs:
             try:

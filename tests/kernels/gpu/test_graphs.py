@@ -64,6 +64,15 @@ def test_tokens(family: str, tmp_path: Path) -> None:
     assert capture.captured == len(sizes) < capture.replayed
 
 
+def test_a_model_that_cannot(tmp_path: Path) -> None:
+    """A version that reads as many keys as the graph's bound, or a request that ends over it."""
+    make_oracle("llama", tmp_path)
+    expected, _ = generate(tmp_path, None, streaming="2+20")
+    capture = TapeCapture()
+    assert generate(tmp_path, capture, streaming="2+20")[0] == expected
+    assert not capture.captured
+
+
 def test_preemption(tmp_path: Path) -> None:
     """Pages that belong to another sequence by now; padding that writes to them."""
     make_oracle("deepseek_v32", tmp_path)
