@@ -8,7 +8,8 @@ from torch import Tensor
 
 def send(source: Tensor, device: torch.device | str) -> Tensor:
     """What a CPU tensor is on a device."""
-    return staged(source, device).to(device, non_blocking=True)
+    device = torch.device(device)
+    return source if device.type == "cpu" else staged(source, device).to(device, non_blocking=True)
 
 
 def upload(numbers: Sequence[float], device: torch.device | str, dtype: torch.dtype = torch.int64) -> Tensor:
