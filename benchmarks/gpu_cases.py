@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention, silu
 
 from foveal.config.formats import PAGE_SIZE, index_key_bytes, latent_bytes
 from foveal.kernels import (
@@ -18,6 +18,7 @@ from foveal.kernels import (
     Queries,
     Rows,
     attention,
+    experts,
     index_divergence,
     quantise_index,
     select,
@@ -79,6 +80,7 @@ def cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     yield from _selecting(sizes, device)
     yield from _latent(sizes, device)
     yield from _grouped(sizes, device)
+    yield from _experts(sizes, device)
     yield from _rounding(sizes, device)
     yield from _training(sizes, device)
 
@@ -243,6 +245,22 @@ def _grouped(sizes: Sizes, device: torch.device) -> Iterator[Case]:
                 ),
             ),
         )
+
+
+def _experts(sizes: Sizes, device: torch.device) -> Iterator[Case]:
+    """A decode step: DeepSeek-V3's widths (7168 and 2048 at its rank of 512), a quarter of its experts."""
+    count, chosen_by_each, width, inner = 64, 8, 14 * sizes.rank, 4 * sizes.rank
+    gate_up = torch.randn(count, 2 * inner, width, device=device).to(sizes.dtype) * width**-0.5
+    down = torch.randn(count, width, inner, device=device).to(sizes.dtype) * inner**-0.5
+    x = torch.randn(sizes.batch, width, device=device).to(sizes.dtype)
+    weights, chosen = torch.rand(sizes.batch, count, device=device).topk(chosen_by_each)
+    read = len(chosen.unique())
+    yield Case(
+        "experts, decode",
+        lambda version: experts(x, weights, chosen, gate_up, down, silu, version=version),
+        6.0 * sizes.batch * chosen_by_each * width * inner,
+        float(3 * read * width * inner * x.element_size()),
+    )
 
 
 def _rounding(sizes: Sizes, device: torch.device) -> Iterator[Case]:

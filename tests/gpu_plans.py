@@ -15,6 +15,7 @@ from foveal.kernels.gpu.device import Card
 from foveal.kernels.gpu.flash import Seen, packed_attention, plain_attention
 from foveal.kernels.gpu.latent import latent_attention
 from foveal.kernels.gpu.launch import Choice, Launch
+from foveal.kernels.gpu.pairs import pair_products
 from foveal.kernels.gpu.places import places
 from foveal.kernels.gpu.rounding import round_index, store_index_keys, store_latents
 from foveal.kernels.gpu.select import select_top
@@ -30,7 +31,7 @@ _BFLOAT16 = {"dtype": torch.bfloat16}
 
 def launches(card: Card) -> dict[str, Launch]:
     """By name; tiles are those that the card gets."""
-    return {**_attentions(card), **_selections(card), **_roundings(), **_training(card)}
+    return {**_attentions(card), **_selections(card), **_roundings(), **_experts(), **_training(card)}
 
 
 def _attentions(card: Card) -> dict[str, Launch]:
@@ -77,6 +78,12 @@ def _roundings() -> dict[str, Launch]:
         "write index keys": store_index_keys(keys_TJ, rows_T, pages, "fp8"),
         "write latents": store_latents(torch.zeros(8, RANK + ROPE, **_BFLOAT16), rows_T, records, RANK),
     }
+
+
+def _experts() -> dict[str, Launch]:
+    x_TD, weight_EYX = torch.zeros(2, 1024, **_BFLOAT16), torch.zeros(2, 512, 1024, **_BFLOAT16)
+    chosen_TA = torch.zeros(2, 8, dtype=torch.int64)
+    return {"expert pairs": pair_products(x_TD, weight_EYX, chosen_TA, chosen_TA.flatten())[0]}
 
 
 def _training(card: Card) -> dict[str, Launch]:

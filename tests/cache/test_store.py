@@ -7,7 +7,7 @@ import torch
 import transformers
 from oracle import FAMILIES
 
-from foveal.cache.layouts import StateLayout
+from foveal.cache.layouts import StateLayout, StateSlots
 from foveal.cache.store import CacheStore, plan_cache
 from foveal.config import read_config
 from foveal.config.formats import index_key_bytes, latent_bytes
@@ -130,12 +130,13 @@ def test_states_by_slot(slots: tuple[int, ...], fresh: bool) -> None:
         state.copy_(torch.randn(state.shape))
     before = [state.clone() for state in layout.states]
     starts = (*(False for _ in slots[1:]), fresh)
-    for read, stored in zip(layout.read(slots, starts), before, strict=True):
+    given = StateSlots(slots, slots, starts)
+    for read, stored in zip(layout.read(given), before, strict=True):
         assert torch.equal(read[:-1], stored[list(slots[:-1])])
         assert torch.equal(read[-1], torch.zeros_like(read[-1]) if fresh else stored[slots[-1]])
     assert all(map(torch.equal, layout.states, before))
     new = [torch.randn(len(slots), *state.shape[1:]) for state in before]
-    layout.write(slots, new)
+    layout.write(given, new)
     for state, stored, written in zip(layout.states, before, new, strict=True):
         stored[list(slots)] = written.to(stored.dtype)
         assert torch.equal(state, stored)

@@ -13,6 +13,7 @@ from oracle import FAMILIES
 from torch.nn.functional import grouped_mm, scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
+from foveal.cache.layouts import StateSlots
 from foveal.cache.store import CacheStore, plan_cache
 from foveal.config import ModelConfig, read_config
 from foveal.config.model import BlockConfig, GQAConfig, MLAConfig, MoEConfig, RecurrentConfig
@@ -20,7 +21,7 @@ from foveal.config.released import released
 from foveal.costs import causal_pairs
 from foveal.costs.macs import Form, projection_macs, running_macs, step_macs
 from foveal.models.decoder import Decoder, Options
-from foveal.nn.batch import Batch, StateSlots
+from foveal.nn.batch import Batch
 from foveal.nn.moe import Router, Routing
 
 LENGTH = 41  # far beyond the top-k of 12, beyond the windows of 20 and 24
@@ -368,7 +369,7 @@ def _routed(self: Router, x_TD: torch.Tensor) -> Routing:
     return Routing(logits_TE, x_TD.new_empty(tokens, self.per_token), chosen_TA)
 
 
-def _turns(rope: Any, positions_T: torch.Tensor, lengths: Any, *, exact: bool) -> torch.Tensor:
+def _turns(rope: Any, positions_T: torch.Tensor, prompts_T: Any, *, exact: bool) -> torch.Tensor:
     return torch.empty(len(positions_T), rope.dim // 2, dtype=torch.complex64, device="meta")
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from foveal.cache.layouts import StateSlots
 from foveal.cache.store import CacheStore, plan_cache
 from foveal.config.model import (
     BlockConfig,
@@ -22,7 +23,7 @@ from foveal.config.model import (
 from foveal.costs.cache_bytes import cache_cost, cache_dtypes
 from foveal.costs.parameters import total_parameters
 from foveal.models.decoder import Decoder
-from foveal.nn.batch import Batch, StateSlots
+from foveal.nn.batch import Batch
 from foveal.train.initial import initialise
 
 ROPE = RopeConfig(dim=8, theta=10000.0)

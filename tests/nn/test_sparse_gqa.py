@@ -57,7 +57,7 @@ def masked_layer(layer: torch.nn.Module, x: torch.Tensor, batch: Batch, hidden: 
     gqa = mixer.operation
     h = mixer.norm(x)
     q, k, v = gqa.qkv_proj(h).unflatten(-1, (-1, gqa.config.head_dim)).split([4, 2, 2], 1)
-    turns = rope_turns(gqa.config.rope, batch.positions_T, [])
+    turns = rope_turns(gqa.config.rope, batch.positions_T, None)
     q, k = apply_rope(q, turns, interleaved=False), apply_rope(k, turns, interleaved=False)
     scores = torch.einsum("thp,nhp->htn", q, k.repeat_interleave(2, 1)) * gqa.config.scale
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -11,6 +12,7 @@ from foveal.config.formats import PAGE_SIZE, index_key_bytes, latent_bytes
 from foveal.kernels import Rows
 from foveal.kernels.keys import Records, take_rows
 from foveal.kernels.records import IndexKeyRecords, LatentRecords, RoundedRows
+from foveal.kernels.transfer import send, upload
 
 
 class PagedLayout(Protocol):
@@ -73,35 +75,65 @@ class IndexKeyLayout:
         self.records.write(rows_T, values_TX)
 
 
+@dataclass(frozen=True)
+class StateSlots:
+    """Where recurrent layers find and leave each sequence's state."""
+
+    slots_in: tuple[int, ...]
+    slots_out: tuple[int, ...]
+    fresh: tuple[bool, ...]
+    """True: the sequence starts here, from a zero state; slots_in is not read."""
+    rows_S: Tensor | None = None
+    """int64 [S]: the slots, in and out, where the device alone knows them (CUDA graphs); none is fresh."""
+
+    def rows_in(self, device: torch.device) -> Tensor | slice:
+        """Where states are read. Slots that follow one another are a slice: read in place and written in one go."""
+        return self._rows(self.slots_in, device)
+
+    def rows_out(self, device: torch.device) -> Tensor | slice:
+        """Where states are written."""
+        return self._rows(self.slots_out, device)
+
+    def fresh_on(self, device: torch.device) -> Tensor | None:
+        """bool [S] on a device; None: none is."""
+        return send(torch.tensor(self.fresh), device) if any(self.fresh) else None
+
+    @cached_property
+    def _known(self) -> dict[tuple[int, ...], Tensor | slice]:
+        return {}
+
+    def _rows(self, slots: tuple[int, ...], device: torch.device) -> Tensor | slice:
+        """Once a step, not once a layer."""
+        if self.rows_S is not None:
+            return self.rows_S
+        if slots not in self._known:
+            first, stop = slots[0], slots[0] + len(slots)
+            follow = slots == tuple(range(first, stop))
+            self._known[slots] = slice(first, stop) if follow else upload(slots, device)
+        return self._known[slots]
+
+
 class StateLayout:
     """The recurrent states of one layer: tensors of any shapes and dtypes for each slot."""
 
     def __init__(self, slots: int, states: Sequence[tuple[tuple[int, ...], torch.dtype]], device: torch.device | str):
         self.states = [_allocate((slots, *shape), dtype, device) for shape, dtype in states]
 
-    def read(self, slots: Sequence[int], fresh: Sequence[bool]) -> list[Tensor]:
-        """The states in some slots, [S, ...] each; zeros where fresh. They may be the slots themselves: not to be
+    def read(self, slots: StateSlots) -> list[Tensor]:
+        """The states of some sequences, [S, ...] each; zeros where fresh. They may be the slots themselves: not to be
         changed, nor read after the next `write`."""
-        if not any(fresh):
-            return [take_rows(state, self._rows(slots)) for state in self.states]
-        read = [state[list(slots)] for state in self.states]
-        fresh_S = torch.tensor(fresh, device=read[0].device)
-        for state in read:
-            state[fresh_S] = 0
-        return read
+        device = self.states[0].device
+        rows, fresh_S = slots.rows_in(device), slots.fresh_on(device)
+        read = [take_rows(state, rows) for state in self.states]
+        if fresh_S is None:
+            return read
+        return [state.masked_fill(fresh_S.view(-1, *(1,) * (state.dim() - 1)), 0) for state in read]
 
-    def write(self, slots: Sequence[int], states: Sequence[Tensor]) -> None:
-        """Store states, [S, ...] each, in some slots."""
-        rows = self._rows(slots)
+    def write(self, slots: StateSlots, states: Sequence[Tensor]) -> None:
+        """Store states, [S, ...] each, of some sequences."""
+        rows = slots.rows_out(self.states[0].device)
         for stored, state in zip(self.states, states, strict=True):
             stored[rows] = state.to(stored.dtype)
-
-    def _rows(self, slots: Sequence[int]) -> Tensor | slice:
-        """Slots that follow one another are read in place and written in one go."""
-        first, stop = slots[0], slots[0] + len(slots)
-        if list(slots) == list(range(first, stop)):
-            return slice(first, stop)
-        return torch.tensor(slots, device=self.states[0].device)
 
 
 @dataclass(frozen=True)

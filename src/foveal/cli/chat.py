@@ -13,6 +13,7 @@ def chat(
     top_k: options.TopK = 0,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
     index_dtype: options.IndexDtype = "auto",
     kv_cache_dtype: options.KVCacheDtype = "auto",
@@ -28,6 +29,7 @@ def chat(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop
     )
     settings = {
+        "device": device,
         "dtype": dtype,
         "index_dtype": index_dtype,
         "kv_cache_dtype": kv_cache_dtype,

@@ -34,6 +34,7 @@ def generate(
     top_k: options.TopK = 0,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
     index_dtype: options.IndexDtype = "auto",
     kv_cache_dtype: options.KVCacheDtype = "auto",
@@ -61,6 +62,7 @@ def generate(
         return len(ids) + max_tokens
 
     settings = {
+        "device": device,
         "dtype": dtype,
         "index_dtype": index_dtype,
         "kv_cache_dtype": kv_cache_dtype,

@@ -20,6 +20,7 @@ Stop = Annotated[
     list[str] | None,
     typer.Option("--stop", help="Stop before this text; may be given several times.", rich_help_panel=_SAMPLING),
 ]
+Device = Annotated[str, typer.Option(help="cpu or cuda, cuda:1, ...", rich_help_panel=_PRECISION)]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32 or bfloat16.", rich_help_panel=_PRECISION)]
 IndexDtype = Annotated[
     str, typer.Option(help="How index keys are cached: auto, fp8, int8 or bf16.", rich_help_panel=_PRECISION)

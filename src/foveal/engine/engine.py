@@ -14,6 +14,7 @@ from foveal.engine.request import Request, SequenceState, seeded_generator
 from foveal.engine.runner import Runner, StepLogits
 from foveal.engine.sampler import Sampler
 from foveal.engine.scheduler import Chunk, Scheduler
+from foveal.kernels.transfer import upload
 
 _logger = logging.getLogger(__name__)
 
@@ -222,14 +223,19 @@ class Engine:
     def _choose(self, step: StepLogits, rows: list[int], sequences: Sequence[SequenceState]) -> None:
         """Give each sequence its next token, from its row of the step's logits."""
         all_rows = rows == list(range(len(step.logits_LV)))
-        logits_LV = (step.logits_LV if all_rows else step.logits_LV[rows]).float()
-        allowed = self._allowed(logits_LV, sequences)
+        logits_LV = (step.logits_LV if all_rows else _some(step.logits_LV, rows)).float()
+        allowed = self._allowed(sequences)
         kept = [row for row, one in enumerate(sequences) if not one.finished]
         if len(kept) < len(sequences):
-            logits_LV, sequences = logits_LV[kept], [sequences[row] for row in kept]
+            logits_LV, sequences = _some(logits_LV, kept), [sequences[row] for row in kept]
             rows = [rows[row] for row in kept]
         tokens = self._sampler.sample(logits_LV, sequences, [allowed[row] for row in kept])
+        for sequence, token in zip(sequences, tokens, strict=True):
+            if token is None:
+                self._fail([sequence.request], "the model computed logits that are NaN or infinite")
         for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
+            if token is None or sequence.finished:
+                continue
             if sequence.params.logprobs is not None:
                 (entry,) = self._sampler.logprobs(logits_LV[row : row + 1], [token], sequence.params.logprobs)
                 sequence.logprobs.append(entry)
@@ -238,14 +244,11 @@ class Engine:
                 sequence.selections.append(step.selections[rows[row]])
             self._append(sequence, token)
 
-    def _allowed(self, logits_LV: Tensor, sequences: Sequence[SequenceState]) -> list[Tensor | None]:
+    def _allowed(self, sequences: Sequence[SequenceState]) -> list[Tensor | None]:
         """For each sequence the tokens to choose from, bool [V], or None: all. Ends requests that cannot go on."""
         allowed: list[Tensor | None] = [None] * len(sequences)
-        for row, broken in enumerate((~logits_LV.amax(dim=-1).isfinite()).tolist()):
-            sequence = sequences[row]
+        for row, sequence in enumerate(sequences):
             try:
-                if broken:
-                    raise ValueError("the model computed logits that are NaN or infinite")
                 if sequence.guide:
                     allowed[row] = sequence.guide.allowed()
             except ValueError as error:
@@ -326,6 +329,10 @@ class Engine:
     def _decode_token(self, token: int) -> str:
         assert self._tokenizer is not None
         return self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _some(logits_LV: Tensor, rows: Sequence[int]) -> Tensor:
+    return logits_LV.index_select(0, upload(rows, logits_LV.device))
 
 
 def _requests(sequences: Sequence[SequenceState]) -> list[Request]:

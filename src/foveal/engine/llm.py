@@ -13,6 +13,7 @@ from foveal.config import ModelConfig
 from foveal.config.formats import SNAPSHOTS_EACH
 from foveal.config.model import GQAConfig, MLAConfig
 from foveal.engine.engine import Engine
+from foveal.engine.graphs import CudaCapture, DecodeGraphs, GraphLimits
 from foveal.engine.look import LayerSight, layer_sights, sparse_layers
 from foveal.engine.memory import CacheDemand, cache_size
 from foveal.engine.outputs import RequestOutput
@@ -55,7 +56,8 @@ class LLM:
     need). `enable_prefix_caching`: keep what was computed for prompts that begin alike; of recurrent layers that is the
     state at a few page boundaries. `seed`: for requests without
     one; the same requests in the same order give the same tokens. `enforce_eager`: leave the weights as they are
-    instead of packing them for speed (`Decoder.pack`). `tokenizer`: one that is loaded already (None: the model's own).
+    instead of packing them for speed (`Decoder.pack`), and on a GPU, no CUDA graphs. `tokenizer`: one that is loaded
+    already (None: the model's own).
     `skip_tokenizer_init`: no tokenizer at all: token ids in, token ids out.
 
     Raises ValueError for a value out of range, and where the model or the cache does not fit in memory.
@@ -121,7 +123,13 @@ class LLM:
             **reach,
         )
         store = CacheStore(plan, size.pages, size.slots, device)
-        runner = Runner(decoder, store, manager, device=device, sparse=sparse_layers(config))
+        graphs = None
+        if torch.device(device).type == "cuda" and not enforce_eager:
+            limits = GraphLimits(max_num_seqs, -(-length // PAGE_SIZE))
+            graphs = DecodeGraphs(
+                lambda batch: decoder.step(batch, store).logits_LV, limits, device, CudaCapture(device)
+            )
+        runner = Runner(decoder, store, manager, device=device, sparse=sparse_layers(config), graphs=graphs)
         self.engine = Engine(
             runner,
             manager,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from foveal.engine.params import SamplingParams
+from foveal.kernels.transfer import upload
 
 
 class TokenCounts:
@@ -21,8 +22,8 @@ class TokenCounts:
 
     def update(self, tokens: Sequence[int]) -> None:
         """Count the tokens that were added; `tokens` are the prompt's and the output's."""
-        new_N = torch.tensor(tokens[self._counted :], dtype=torch.int64, device=self.seen_V.device)
-        self.seen_V[new_N] = True
+        new_N = upload(tokens[self._counted :], self.seen_V.device)
+        self.seen_V.index_fill_(0, new_N, True)
         of_output_N = new_N[max(0, self._prompt_length - self._counted) :]
         self.output_V.index_add_(0, of_output_N, torch.ones_like(of_output_N, dtype=torch.float32))
         self._counted = len(tokens)

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from foveal.cache import CacheManager
+from foveal.cache.layouts import StateSlots
+from foveal.engine.graphs import DecodeGraphs, DecodeRow
 from foveal.engine.look import Recorder, TokenSelection
 from foveal.engine.scheduler import Chunk
-from foveal.nn.batch import Batch, StateSlots
+from foveal.nn.batch import Batch
 from foveal.nn.watch import Watch
 
 
@@ -66,8 +68,11 @@ class Runner:
         *,
         device: torch.device | str = "cpu",
         sparse: Sequence[bool] = (),
+        graphs: DecodeGraphs | None = None,
     ) -> None:
-        """`sparse`: for each sparse layer of the model, whether it has an indexer of its own."""
+        """`sparse`: for each sparse layer of the model, whether it has an indexer of its own. `graphs`: what decode
+        steps may run as."""
+        self._graphs = graphs
         self._sparse = tuple(sparse)
         self._model = model
         self._store = store
@@ -80,6 +85,8 @@ class Runner:
         self._copy()
         counts = [wanted_rows(chunk) for chunk in plan]
         rows = [range(start, stop) for start, stop in pairwise(accumulate(counts, initial=0))]
+        if (logits_LV := self._replayed(plan, counts)) is not None:
+            return StepLogits(logits_LV, rows)
         looked_at = {end - 1: place for place, end in enumerate(_ends(plan)) if _wants_look(plan[place])}
         if not looked_at:
             return StepLogits(self._model.step(self._batch(plan, counts), self._store).logits_LV, rows)
@@ -88,6 +95,24 @@ class Runner:
         output = self._model.step(batch, self._store, recorder.watch)
         found = recorder.selections(output.collected)
         return StepLogits(output.logits_LV, rows, {rows[looked_at[row]][-1]: one for row, one in found.items()})
+
+    def _replayed(self, plan: Sequence[Chunk], counts: Sequence[int]) -> Tensor | None:
+        """The logits by a CUDA graph, where there are graphs and each sequence gets one token after others."""
+        if self._graphs is None or counts != [1] * len(plan):
+            return None
+        if any(chunk.count > 1 or chunk.start == 0 or _wants_look(chunk) for chunk in plan):
+            return None
+        return self._graphs.run([self._row(chunk) for chunk in plan])
+
+    def _row(self, chunk: Chunk) -> DecodeRow:
+        sequence = chunk.sequence
+        return DecodeRow(
+            token=sequence.tokens[chunk.start],
+            position=chunk.start,
+            prompt_length=sequence.request.prompt_length,
+            table=self._manager.table(sequence.key),
+            slot=self._manager.slot(sequence.key) or 0,
+        )
 
     def _copy(self) -> None:
         """One after another: those that a failure leaves undone are done before the next step."""

@@ -14,6 +14,7 @@ from foveal.engine.outputs import Logprob, Logprobs
 from foveal.engine.params import SamplingParams
 from foveal.engine.penalties import TokenCounts, penalise
 from foveal.engine.request import SequenceState
+from foveal.kernels.transfer import send, upload
 
 DecodeToken = Callable[[int], str]
 
@@ -35,25 +36,27 @@ class Sampler:
         logits_LV: Tensor,
         sequences: Sequence[SequenceState],
         allowed: Sequence[Tensor | None] | None = None,
-    ) -> list[int]:
-        """The next token of each sequence from its row of logits (float32 [L, V], no NaN; unchanged).
+    ) -> list[int | None]:
+        """The next token of each sequence from its row of logits (float32 [L, V]; unchanged); None where the largest of
+        them is infinite or NaN.
 
         `allowed`: for each row the tokens to choose from, bool [V], or None: all.
         """
+        sound_L = logits_LV.amax(dim=-1).isfinite()
         allowed = allowed or [None] * len(sequences)
         if any(one is not None for one in allowed) or any(_changes_logits(sequence) for sequence in sequences):
             logits_LV = logits_LV.clone()
             for logits_V, sequence, allowed_V in zip(logits_LV, sequences, allowed, strict=True):
                 self._process(logits_V, sequence)
                 if allowed_V is not None:
-                    logits_V.masked_fill_(~allowed_V.to(logits_V.device), -torch.inf)
+                    logits_V.masked_fill_(~send(allowed_V, logits_V.device), -torch.inf)
         tokens_L = logits_LV.argmax(dim=-1)
         drawn = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
         if drawn:
-            rows_L = torch.tensor(drawn, device=logits_LV.device)
-            tokens_L[rows_L] = _draw(logits_LV[rows_L], [sequences[row] for row in drawn])
-        chosen: list[int] = tokens_L.tolist()
-        return chosen
+            rows_L = upload(drawn, logits_LV.device)
+            tokens_L.index_copy_(0, rows_L, _draw(logits_LV[rows_L], [sequences[row] for row in drawn]))
+        # Here the host waits for the device, once a step.
+        return [None if token < 0 else token for token in torch.where(sound_L, tokens_L, -1).cpu().tolist()]
 
     def logprobs(self, logits_LV: Tensor, tokens: Sequence[int], count: int) -> list[Logprobs]:
         """For each row the `count` likeliest tokens and the given one, by the model's own logits (float [L, V]).
@@ -88,10 +91,10 @@ class Sampler:
         """Bias, `min_tokens` and penalties, in place."""
         params = sequence.params
         if params.logit_bias:  # all at once: there may be one for every token
-            values = torch.tensor(list(params.logit_bias.values()), dtype=logits_V.dtype, device=logits_V.device)
-            logits_V[list(params.logit_bias)] += values
+            values = upload(list(params.logit_bias.values()), logits_V.device, logits_V.dtype)
+            logits_V.index_add_(0, upload(list(params.logit_bias), logits_V.device), values)
         if sequence.output_length < params.min_tokens:
-            logits_V[self.ends(params)] = -torch.inf
+            logits_V.index_fill_(0, upload(self.ends(params), logits_V.device), -torch.inf)
         if params.penalised:
             if sequence.counts is None:
                 length = sequence.request.prompt_length
@@ -120,7 +123,8 @@ def _draw(logits_LV: Tensor, sequences: Sequence[SequenceState]) -> Tensor:
     uniform = [torch.rand((), generator=sequence.generator, dtype=torch.float64) for sequence in sequences]
     total_L = cumulated_LV[:, -1]
     # Rounding must not reach the total, above which there is no token.
-    target_L = torch.minimum(torch.stack(uniform).to(total_L) * total_L, total_L.nextafter(torch.zeros_like(total_L)))
+    uniform_L = send(torch.stack(uniform), total_L.device)
+    target_L = torch.minimum(uniform_L * total_L, total_L.nextafter(torch.zeros_like(total_L)))
     return torch.searchsorted(cumulated_LV, target_L.unsqueeze(1), right=True)[:, 0]
 
 
@@ -129,7 +133,7 @@ def _filtered(logits_LV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
 
     def per_row(values: Sequence[float], rows: Sequence[int] | None = None) -> Tensor:
         chosen = values if rows is None else [values[row] for row in rows]
-        return torch.tensor(chosen, device=logits_LV.device).unsqueeze(1)
+        return send(torch.tensor(chosen), logits_LV.device).unsqueeze(1)
 
     # The largest becomes 0, so that no temperature makes it infinite.
     logits_LV = logits_LV - logits_LV.amax(dim=-1, keepdim=True)
@@ -138,18 +142,20 @@ def _filtered(logits_LV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
         logits_LV = logits_LV.masked_fill(logits_LV < per_row([one.min_p for one in params]).log(), -torch.inf)
     rows = [row for row, one in enumerate(params) if one.top_k > 0]
     if rows:
-        limits_L1 = per_row([min(one.top_k, logits_LV.shape[1]) for one in params], rows)
-        logits_LV[rows] = _top(logits_LV[rows], limits_L1)
+        rows_L, limits_L1 = per_row(rows)[:, 0], per_row([min(one.top_k, logits_LV.shape[1]) for one in params], rows)
+        logits_LV.index_copy_(0, rows_L, _top(logits_LV[rows_L], limits_L1))
     rows = [row for row, one in enumerate(params) if one.top_p < 1.0]
     if rows:
-        sizes_L1 = _nucleus_sizes(logits_LV[rows], per_row([one.top_p for one in params], rows))
-        logits_LV[rows] = _top(logits_LV[rows], sizes_L1)
+        rows_L, top_p_L1 = per_row(rows)[:, 0], per_row([one.top_p for one in params], rows)
+        logits_LV.index_copy_(0, rows_L, _top(logits_LV[rows_L], _nucleus_sizes(logits_LV[rows_L], top_p_L1)))
     return logits_LV
 
 
 def _top(logits_LV: Tensor, sizes_L1: Tensor) -> Tensor:
     """Each row with only its sizes_L1 (int64, 1 to V) largest values left, the others -inf; of equal ones the first."""
-    largest_LK = logits_LV.topk(int(sizes_L1.max()), dim=-1).values
+    # A GPU sorts them all rather than let the host wait for the largest size.
+    most = logits_LV.shape[1] if logits_LV.is_cuda else int(sizes_L1.max())
+    largest_LK = logits_LV.topk(most, dim=-1).values
     least_L1 = largest_LK.gather(1, sizes_L1 - 1)
     above_LV = logits_LV > least_L1
     equal_LV = logits_LV == least_L1
@@ -162,9 +168,9 @@ def _nucleus_sizes(logits_LV: Tensor, top_p_L1: Tensor) -> Tensor:
     """How many likeliest tokens of each row it takes for probabilities of at least top_p in sum (int64 [L, 1])."""
     probabilities_LV = logits_LV.softmax(dim=-1)
     vocabulary = logits_LV.shape[1]
-    for size in (min(_SHORTLIST, vocabulary), vocabulary):
+    for size in (vocabulary,) if logits_LV.is_cuda else (min(_SHORTLIST, vocabulary), vocabulary):
         sorted_LK = probabilities_LV.topk(size, dim=-1).values
         summed_LK = sorted_LK.cumsum(dim=-1, dtype=torch.float64)
-        if bool((summed_LK[:, -1:] >= top_p_L1).all()):
+        if size == vocabulary or bool((summed_LK[:, -1:] >= top_p_L1).all()):
             break
     return (summed_LK < top_p_L1).sum(dim=-1, keepdim=True).add(1).clamp(max=vocabulary)

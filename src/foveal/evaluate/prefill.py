@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from foveal.cache import PAGE_SIZE
+from foveal.cache.layouts import StateSlots
 from foveal.cache.store import CacheStore, plan_cache
 from foveal.models.decoder import Decoder
-from foveal.nn.batch import Batch, StateSlots
+from foveal.nn.batch import Batch
 from foveal.nn.watch import Watch
 
 # Tokens computed at a time: enough for the matrix products, few beside a long context.

@@ -1,7 +1,7 @@
 """Where a kernel finds queries and keys: packed rows of one batch, or pages of a cache behind a page table."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Protocol
@@ -10,14 +10,18 @@ import torch
 from torch import Tensor
 
 from foveal.config.formats import PAGE_SIZE
+from foveal.kernels.transfer import send
 
 
 def _copied(copies: dict[tuple[str, torch.device], Tensor], name: str, source: Tensor, device: torch.device) -> Tensor:
     """What `source` is on a device: copied the first time, without waiting for it."""
     if (name, device) not in copies:
-        pinned = source.pin_memory() if device.type == "cuda" else source
-        copies[name, device] = pinned.to(device, non_blocking=True)
+        copies[name, device] = send(source, device)
     return copies[name, device]
+
+
+class LengthsUnknownError(RuntimeError):
+    """A version that must know contexts' lengths was given bounds."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class Queries:
 
     offsets: tuple[int, ...]
     positions: tuple[int, ...]
+    actual: Tensor | None = field(default=None, compare=False)
+    """`block` on the device, where the host knows no more of `positions` than bounds."""
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
         """(first row, number of rows, first position) of each sequence."""
@@ -48,10 +54,14 @@ class Queries:
 
     def block_on(self, device: torch.device) -> Tensor:
         """`block` on a device, copied once."""
+        if self.actual is not None:
+            return self.actual
         return _copied(self._copies, "block", self.block, device)
 
     def sequence_on(self, device: torch.device) -> Tensor:
         """int32 [T] on a device, copied once: the sequence of each packed row."""
+        if self.single:
+            return torch.arange(len(self.positions), dtype=torch.int32, device=device)
         return _copied(self._copies, "sequence", self._sequence, device)
 
     @cached_property
@@ -79,6 +89,8 @@ class Contexts:
     """First row of a sequence whose rows follow one another, otherwise -1."""
     table_SB: Tensor | None = None
     """int64 page ids by sequence; None: every sequence's rows follow one another."""
+    actual: Tensor | None = field(default=None, compare=False)
+    """`block` on the device, where the host knows no more of `lengths` than bounds."""
 
     @cached_property
     def block(self) -> Tensor:
@@ -87,6 +99,8 @@ class Contexts:
 
     def block_on(self, device: torch.device) -> Tensor:
         """`block` on a device, copied once."""
+        if self.actual is not None:
+            return self.actual
         return _copied(self._copies, "block", self.block, device)
 
     @cached_property
@@ -100,7 +114,12 @@ class Contexts:
 
     @staticmethod
     def paged(table_SB: Tensor, lengths: Sequence[int]) -> "Contexts":
-        """Pages of a cache; a sequence whose pages happen to follow one another is read in place."""
+        """Pages of a cache; a sequence whose pages happen to follow one another is read in place.
+
+        Not on a GPU, whose kernels read through the table anyway: the host would have to wait for the answer.
+        """
+        if table_SB.device.type == "cuda":
+            return Contexts(tuple(lengths), (-1,) * len(lengths), table_SB)
         last_S1 = (torch.tensor(lengths, device=table_SB.device)[:, None] - 1) // PAGE_SIZE
         place_B = torch.arange(1, table_SB.shape[1], device=table_SB.device)
         follows_SB = (table_SB[:, 1:] == table_SB[:, :-1] + 1) | (place_B > last_S1)
@@ -112,24 +131,32 @@ class Contexts:
         if len(sequences) == len(self.lengths):  # ascending, so all of them
             return self
         lengths, starts = (tuple(values[s] for s in sequences) for values in (self.lengths, self.starts))
-        table_SB = None if self.table_SB is None else self.table_SB[list(sequences)]
-        return Contexts(lengths, starts, table_SB)
+        if self.table_SB is None:
+            return Contexts(lengths, starts)
+        members_S = send(torch.tensor(list(sequences)), self.table_SB.device)
+        return Contexts(lengths, starts, self.table_SB[members_S])
 
     @cached_property
     def padded_SN(self) -> Tensor:
         """int64 rows of every position up to the longest context, of pages. Past a sequence's length its last row is
         named again: what it does not own may hold anything, NaN included."""
         assert self.table_SB is not None
-        last_S1 = torch.tensor(self.lengths, device=self.table_SB.device)[:, None] - 1
+        self._check_known()
+        last_S1 = self.block_on(self.table_SB.device)[: len(self.lengths), None] - 1
         positions_SN = torch.arange(max(self.lengths), device=self.table_SB.device).minimum(last_S1)
         return self.table_SB.gather(1, positions_SN // PAGE_SIZE) * PAGE_SIZE + positions_SN % PAGE_SIZE
 
     def rows(self, sequence: int, start: int, stop: int) -> Tensor | slice:
         """The rows of positions [start, stop) of a sequence: a slice where they follow one another."""
+        self._check_known()
         if self.starts[sequence] >= 0:
             return slice(self.starts[sequence] + start, self.starts[sequence] + stop)
         assert self.table_SB is not None
         return self.locate(sequence, torch.arange(start, stop, device=self.table_SB.device))
+
+    def _check_known(self) -> None:
+        if self.actual is not None:
+            raise LengthsUnknownError("the host only knows bounds of the contexts' lengths")
 
     def locate(self, sequence: int, positions: Tensor) -> Tensor:
         """int64 rows of some positions (any shape, int) of a sequence."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from foveal.kernels.keys import Queries
+from foveal.kernels.transfer import send
 
 Chunk = Callable[[Sequence[Tensor], Tensor], tuple[Tensor, Tensor]]
 """(inputs [S, N, ...] each, states [S, ...]) -> (outputs [S, N, ...], states). A token of zeros changes no state."""
@@ -18,13 +19,16 @@ def in_rounds(
 
     inputs: [T, ...] each. Sequences whose tokens do not divide into rounds get tokens of zeros at the end.
     """
+    if queries.single:
+        out_S1, state_S = chunk([x_T[:, None] for x_T in inputs], state_S)
+        return out_S1[:, 0], state_S
     lengths = queries.lengths
     size = min(size, max(lengths))
     inputs = [torch.cat((x_T, x_T.new_zeros(1, *x_T.shape[1:]))) for x_T in inputs]
     states, outputs, rows = list(state_S.unbind(0)), [], []
     for start in range(0, max(lengths), size):
         active = [s for s, length in enumerate(lengths) if length > start]
-        row_sN = _rows(queries, active, start, size).to(state_S.device)
+        row_sN = send(_rows(queries, active, start, size), state_S.device)
         out_sN, state_s = chunk([x_T[row_sN] for x_T in inputs], torch.stack([states[s] for s in active]))
         for s, state in zip(active, state_s.unbind(0), strict=True):
             states[s] = state

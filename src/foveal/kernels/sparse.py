@@ -56,8 +56,8 @@ def _sparse_tile(
     q_tHP: Tensor, keys: KeySource, values: KeySource, sequence: int, chosen_tK: Tensor, scale: float
 ) -> Tensor:
     """Attention of a few queries of one sequence: the heads of a group are rows of one matrix product."""
-    # -1 stands last: otherwise every entry is a position.
-    missing_tK = chosen_tK < 0 if int(chosen_tK[:, -1].amin()) < 0 else None
+    # -1 stands last: otherwise every entry is a position. On a GPU the host does not wait to know.
+    missing_tK = chosen_tK < 0 if chosen_tK.is_cuda or int(chosen_tK[:, -1].amin()) < 0 else None
     chosen_tK = chosen_tK.clamp_min(0)
     k_tKGP = keys.select(sequence, chosen_tK)
     if isinstance(values.records, Columns) and values.records.records is keys.records:
@@ -83,8 +83,11 @@ def check_selection_shape(selection_TK: Tensor, queries: int) -> None:
 
 
 def check_selection(selection_TK: Tensor, keys: KeySource, queries: Queries) -> None:
-    """Raise ValueError unless each row is positions that its sequence has, and then -1."""
+    """Raise ValueError unless each row is positions that its sequence has, and then -1. What a GPU holds is not looked
+    at: the host would have to wait for it."""
     check_selection_shape(selection_TK, queries.offsets[-1])
+    if selection_TK.is_cuda:
+        return
     lengths_S = torch.tensor(keys.contexts.lengths, device=selection_TK.device)
     counts_S = torch.tensor(queries.lengths, device=selection_TK.device)
     length_T1 = lengths_S.repeat_interleave(counts_S)[:, None]

@@ -2,23 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
+from foveal.cache.layouts import StateSlots
 from foveal.config.formats import PAGE_SIZE
 from foveal.kernels import Contexts, Queries
-
-
-@dataclass(frozen=True)
-class StateSlots:
-    """Where recurrent layers find and leave each sequence's state."""
-
-    slots_in: tuple[int, ...]
-    slots_out: tuple[int, ...]
-    fresh: tuple[bool, ...]
-    """True: the sequence starts here, from a zero state; slots_in is not read."""
+from foveal.kernels.transfer import send, upload
 
 
 @dataclass(frozen=True)
@@ -43,12 +36,17 @@ class Batch:
     q_offsets: tuple[int, ...]
     """S + 1 numbers: sequence s owns rows q_offsets[s] to q_offsets[s + 1]."""
     k_lengths: tuple[int, ...]
-    """Keys of each sequence once this step's are written."""
+    """Keys of each sequence once this step's are written; `bounded`: at most so many."""
     table_SB: Tensor | None = None
     """int64 page ids, 0-padded. None: no cache, the keys are this batch's own."""
     slots: StateSlots | None = None
     rope_lengths: tuple[int, ...] | None = None
     """For `dynamic` rope: the prompt length of each sequence (None: k_lengths)."""
+    prompts_T: Tensor | None = None
+    """The same as int64 [T] on the device; None: it is made of `rope_lengths` where it is needed."""
+    bounded: bool = False
+    """One new token of each sequence, and how long contexts are says `positions_T` alone: what the host computes holds
+    for all lengths up to `k_lengths` (CUDA graphs)."""
     wanted_L: Tensor | None = None
     """int64 rows whose logits are wanted. None: all."""
     collect: frozenset[str] = frozenset()
@@ -89,20 +87,24 @@ class Batch:
         ids = [token for sequence in tokens for token in sequence]
         positions = [start + i for start, length in zip(starts, lengths, strict=True) for i in range(length)]
         return Batch(
-            ids_T=torch.tensor(ids, dtype=torch.int64, device=device),
-            positions_T=torch.tensor(positions, dtype=torch.int64, device=device),
+            ids_T=upload(ids, device),
+            positions_T=upload(positions, device),
             q_offsets=tuple(accumulate(lengths, initial=0)),
             k_lengths=tuple(start + length for start, length in zip(starts, lengths, strict=True)),
-            table_SB=torch.tensor(padded, dtype=torch.int64, device=device),
+            table_SB=send(torch.tensor(padded, dtype=torch.int64), device),
             slots=slots,
             rope_lengths=None if rope_lengths is None else tuple(rope_lengths),
-            wanted_L=None if wanted is None else torch.tensor(wanted, dtype=torch.int64, device=device),
+            wanted_L=None if wanted is None else upload(wanted, device),
             collect=collect,
         )
 
-    @property
+    @cached_property
     def queries(self) -> Queries:
         """Each sequence's new tokens: the last of its keys."""
+        if self.bounded:
+            offsets = torch.arange(len(self.q_offsets), device=self.positions_T.device)
+            last = tuple(length - 1 for length in self.k_lengths)
+            return Queries(self.q_offsets, last, torch.cat((offsets, self.positions_T)))
         lengths = (stop - start for start, stop in pairwise(self.q_offsets))
         return Queries(self.q_offsets, tuple(keys - new for keys, new in zip(self.k_lengths, lengths, strict=True)))
 
@@ -113,13 +115,16 @@ class Batch:
             return Contexts(self.k_lengths, self.gathered.starts)
         if self.table_SB is None:
             return Contexts.packed(self.k_lengths)
+        if self.bounded:
+            none = (-1,) * len(self.k_lengths)
+            actual = torch.cat((self.positions_T + 1, torch.full_like(self.positions_T, -1)))
+            return Contexts(self.k_lengths, none, self.table_SB, actual)
         return Contexts.paged(self.table_SB, self.k_lengths)
 
     @property
     def rows_T(self) -> Tensor:
         """int64 [T]: the cache row that each new token's keys go to."""
         assert self.table_SB is not None
-        lengths = torch.tensor([stop - start for start, stop in pairwise(self.q_offsets)])
-        sequence_T = torch.repeat_interleave(lengths).to(self.table_SB.device)
+        sequence_T = self.queries.sequence_on(self.table_SB.device).long()
         pages_T = self.table_SB[sequence_T, self.positions_T // PAGE_SIZE]
         return pages_T * PAGE_SIZE + self.positions_T % PAGE_SIZE

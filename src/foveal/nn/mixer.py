@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from foveal.cache.layouts import BlockCache
 from foveal.kernels import Queries
+from foveal.kernels.transfer import upload
 from foveal.nn.step import Step
 
 
@@ -31,7 +32,7 @@ def gather_queries(queries: Queries, members: Sequence[int], device: torch.devic
     for s in members:
         offsets.append(offsets[-1] + queries.lengths[s])
     positions = tuple(queries.positions[s] for s in members)
-    return torch.tensor(rows, device=device), Queries(tuple(offsets), positions)
+    return upload(rows, device), Queries(tuple(offsets), positions)
 
 
 def by_form(

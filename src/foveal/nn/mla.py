@@ -112,7 +112,7 @@ class MLA(Mixer):
         """[T, H, V], each sequence in its own form."""
         topk = None if selection_TK is None else selection_TK.shape[1]
         forms = [
-            self._form(count, context, topk)
+            self._form(count, context, topk, bounded=step.batch.bounded)
             for count, context in zip(step.queries.lengths, step.contexts.lengths, strict=True)
         ]
 
@@ -123,13 +123,14 @@ class MLA(Mixer):
 
         return by_form(forms, run, step.queries, (q_nope_THP, q_pe_THR, selection_TK))
 
-    def _form(self, queries: int, context: int, topk: int | None) -> MLAForm:
-        if self.form == "auto":
+    def _form(self, queries: int, context: int, topk: int | None, *, bounded: bool) -> MLAForm:
+        """bounded: the context is only known not to be longer, so the form must not depend on its rows."""
+        if self.form == "auto" and not bounded:
             form = cheapest_mla_form(self.config, queries, context, topk)
             # In training the masked form would keep the weights of all keys for the backward pass.
             return "sparse" if form == "masked" and torch.is_grad_enabled() else form
         selects = topk is not None and context > topk
-        if self.form == "expanded":
+        if self.form == "expanded" and not bounded:
             return "masked" if selects else "expanded"
         return "sparse" if selects else "absorbed"
 

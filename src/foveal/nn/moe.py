@@ -93,7 +93,7 @@ class Experts(nn.Module):
 
     def pack(self) -> None:
         """Trade the stacked weights for packed ones, for inference, unless compiled versions read them as they are."""
-        if self.quantised is None and experts.chosen() == "torch":
+        if self.quantised is None and self.gate_up_proj.device.type == "cpu" and experts.chosen() == "torch":
             self._packed = [pack_weight(w) for w in self.gate_up_proj], [pack_weight(w) for w in self.down_proj]
             del self.gate_up_proj, self.down_proj
 

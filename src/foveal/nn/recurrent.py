@@ -39,9 +39,9 @@ class Recurrent(Mixer):
             return self.recur(x_TD, inputs_SWX, state_S, step.queries)[0]
         slots = step.batch.slots
         assert cache.state is not None and slots is not None
-        inputs_SWX, state_S = cache.state.read(slots.slots_in, slots.fresh)
+        inputs_SWX, state_S = cache.state.read(slots)
         out_TD, *states = self.recur(x_TD, inputs_SWX, state_S, step.queries)
-        cache.state.write(slots.slots_out, states)
+        cache.state.write(slots, states)
         return out_TD
 
 

@@ -1,27 +1,29 @@
 """Rotary turns for every scaling."""
 
 import math
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
 from foveal.config.model import RopeConfig
+from foveal.kernels.transfer import send
 
 
-def rope_turns(rope: RopeConfig, positions_T: Tensor, lengths: list[tuple[int, int]], *, exact: bool = False) -> Tensor:
+def rope_turns(rope: RopeConfig, positions_T: Tensor, prompts_T: Tensor | None, *, exact: bool = False) -> Tensor:
     """By how much each pair of each token is turned: complex64 [T, dim / 2], of absolute value 1 (yarn: its factor).
 
-    positions_T: int64 [T]. lengths: (tokens in this batch, prompt length) of each sequence, for `dynamic` scaling only:
-    there the frequencies of a token depend on max(prompt length, its position + 1), which is what generating token by
-    token after a whole prompt does in transformers, and does not change with chunking or recomputation.
+    positions_T: int64 [T]. prompts_T: the prompt length of each token's sequence, for `dynamic` scaling only: there the
+    frequencies of a token depend on max(prompt length, its position + 1), which is what generating token by token after
+    a whole prompt does in transformers, and does not change with chunking or recomputation.
     exact: angles from float64. In float32, as transformers has them, they are off by up to half a unit in their last
     place: 0.004 before position 131072, which costs nothing, but 0.13 before 4194304, which does.
     """
     if rope.scaling.kind == "dynamic":
-        frequencies = _dynamic_frequencies(rope, positions_T, lengths)
+        assert prompts_T is not None
+        frequencies = _dynamic_frequencies(rope, positions_T, prompts_T)
     else:
-        frequencies = frequencies_of(rope).to(positions_T.device)
+        frequencies = _frequencies_on(rope, positions_T.device)
     wide = torch.float64 if exact else torch.float32
     angles_TR = positions_T[:, None].to(wide) * frequencies.to(wide)
     if exact:
@@ -34,6 +36,12 @@ def frequencies_of(rope: RopeConfig) -> Tensor:
     """Inverse frequencies, float32 [dim / 2], of every scaling but `dynamic`."""
     with torch.inference_mode(False):  # kept for later calls, which may need gradients
         return _frequencies(rope)
+
+
+@cache  # for good: CUDA graphs read it
+def _frequencies_on(rope: RopeConfig, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return send(frequencies_of(rope), device)
 
 
 def _frequencies(rope: RopeConfig) -> Tensor:
@@ -82,12 +90,10 @@ def _yarn(rope: RopeConfig, plain_R: Tensor) -> Tensor:
     return plain_R / scaling.factor * ramp_R + plain_R * (1 - ramp_R)
 
 
-def _dynamic_frequencies(rope: RopeConfig, positions_T: Tensor, lengths: list[tuple[int, int]]) -> Tensor:
+def _dynamic_frequencies(rope: RopeConfig, positions_T: Tensor, prompts_T: Tensor) -> Tensor:
     """float32 [T, dim / 2]. Dynamic NTK: theta grows with the length seen (`transformers` modeling_rope_utils)."""
     scaling, dim = rope.scaling, rope.dim
-    counts, prompts = torch.tensor(lengths).T
-    prompt_T = torch.repeat_interleave(prompts, counts).to(positions_T.device)
-    length_T = torch.maximum(prompt_T, positions_T + 1).clamp_min(scaling.original_max_positions)
+    length_T = torch.maximum(prompts_T, positions_T + 1).clamp_min(scaling.original_max_positions)
     stretch_T = scaling.factor * length_T / scaling.original_max_positions - (scaling.factor - 1)
     theta_T = rope.theta * stretch_T.double() ** (dim / (dim - 2))
     exponents_R = torch.arange(0, dim, 2, device=positions_T.device).double() / dim

@@ -10,6 +10,7 @@ from torch import Tensor
 from foveal.cache.layouts import PagedLayout
 from foveal.config.model import RopeConfig
 from foveal.kernels import KeySource, Rows
+from foveal.kernels.transfer import upload
 from foveal.nn.batch import Batch
 from foveal.nn.rope import rope_turns
 from foveal.nn.watch import Gaze, Glance, Watch
@@ -47,7 +48,8 @@ class Step:
         key = replace(rope, interleaved=False), exact, most
         if key not in self._turns:
             positions_T = self.batch.positions_T if most is None else self.batch.positions_T.clamp_max(most)
-            self._turns[key] = rope_turns(rope, positions_T, self._rope_lengths(), exact=exact)
+            prompts_T = self.prompts_T if rope.scaling.kind == "dynamic" else None
+            self._turns[key] = rope_turns(rope, positions_T, prompts_T, exact=exact)
         return self._turns[key]
 
     def keep(self, layout: PagedLayout | None, values_TX: Tensor) -> KeySource:
@@ -82,7 +84,12 @@ class Step:
         if name in self.batch.collect:
             self.collected.setdefault(name, []).append(value)
 
-    def _rope_lengths(self) -> list[tuple[int, int]]:
-        """(tokens, prompt length) of each sequence."""
-        lengths = self.batch.rope_lengths or self.batch.k_lengths
-        return list(zip(self.queries.lengths, lengths, strict=True))
+    @cached_property
+    def prompts_T(self) -> Tensor:
+        """int64 [T]: the prompt length of each token's sequence."""
+        batch = self.batch
+        if batch.prompts_T is not None:
+            return batch.prompts_T
+        lengths = batch.rope_lengths or batch.k_lengths
+        pairs = zip(self.queries.lengths, lengths, strict=True)
+        return upload([length for count, length in pairs for _ in range(count)], batch.positions_T.device)

@@ -14,7 +14,7 @@ from foveal.kernels.records import IndexKeyRecords, LatentRecords
 
 _OPERATIONS = {
     *("attention", "flash_forward", "sparse_attention", "select", "quantise_index", "write_index_keys"),
-    *("write_latents", "sparse_gradients", "index_divergence"),
+    *("write_latents", "experts", "sparse_gradients", "index_divergence"),
 }
 
 

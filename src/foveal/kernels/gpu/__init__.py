@@ -3,6 +3,6 @@
 Importing this room registers them; Triton itself is imported when one first runs. Without Triton there are none.
 """
 
-from foveal.kernels.gpu import attention, quantise, selection, training
+from foveal.kernels.gpu import attention, moe, quantise, selection, training
 
-__all__ = ["attention", "quantise", "selection", "training"]
+__all__ = ["attention", "moe", "quantise", "selection", "training"]

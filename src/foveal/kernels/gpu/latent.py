@@ -240,7 +240,7 @@ def latent_attention(
             "BLOCK_N": tiles.keys,
             "BLOCK_C": block_size(latents.rank),
             "BLOCK_R": block_size(width - latents.rank),
-            "BLOCK_K": block_size(longest),
+            "BLOCK_K": block_size(0 if selection_TK is None else longest),
         },
         warps=tiles.warps,
         stages=tiles.stages,

@@ -1,0 +1,72 @@
+"""A step on a GPU makes the host wait once, for its tokens; on a device that is not there (`waiting`)."""
+
+import pytest
+import torch
+import transformers
+from oracle import FAMILIES
+from waiting import DEVICE, device_that_is_not_there, on_device
+
+from foveal import SamplingParams
+from foveal.cache import CacheManager
+from foveal.cache.store import CacheStore, plan_cache
+from foveal.config import ModelConfig, read_config
+from foveal.engine.graphs import DecodeGraphs, GraphLimits, Work
+from foveal.engine.request import Request, SequenceState, seeded_generator
+from foveal.engine.runner import Runner
+from foveal.engine.sampler import Sampler
+from foveal.engine.scheduler import Chunk
+from foveal.models.decoder import Decoder, Options
+
+pytest.importorskip("triton")
+SAMPLED = (
+    SamplingParams(temperature=0, min_tokens=200, max_tokens=200),
+    SamplingParams(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, presence_penalty=0.5, logit_bias={3: 1.0}),
+)
+# (tokens of the prompt, tokens computed): next tokens, before and behind the end of a page and of a selection.
+LENGTHS = ((5, 5), (60, 70))
+
+
+def config_of(family: str) -> ModelConfig:
+    return read_config(transformers.AutoConfig.for_model(family.split("-")[0], **FAMILIES[family]).to_dict())
+
+
+def running(manager: CacheManager, params: SamplingParams, prompt: int, computed: int) -> Chunk:
+    """The next token of a sequence whose others are computed."""
+    request = Request(f"{prompt}", [1] * prompt, params)
+    sequence = SequenceState(request, 0, [1] * (computed + 1), seeded_generator(0, 0))
+    request.sequences = [sequence]
+    sequence.computed = manager.admit(sequence.key, sequence.tokens, reusable=False) or 0
+    assert manager.reserve(sequence.key, computed + 1)
+    return Chunk(sequence, computed, 1)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("family", ["llama-dynamic", "deepseek_v32", "jamba", "qwen3_next", "kimi_linear"])
+def test_a_decode_step(family: str, graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`item`, `nonzero`, truth values as an index, a blocking copy anywhere in a step; and within a graph, any copy at
+    all, which would be of memory that is the host's again by the next replay."""
+    config = config_of(family)
+    sent: list[int] = []
+    with device_that_is_not_there(monkeypatch) as waits, torch.inference_mode():
+
+        def capture(work: Work) -> Work:
+            work()  # makes what is kept for good
+            before = waits.sent
+            work()
+            sent.append(waits.sent - before)
+            return work
+
+        model = on_device(lambda: Decoder(config, Options(dtype=torch.bfloat16)))
+        plan = plan_cache(config, torch.bfloat16)
+        manager = CacheManager(8, 4 if plan.has_slots else 0)
+        store = CacheStore(plan, 8, 4 if plan.has_slots else 0, DEVICE)
+        chunks = [running(manager, *one) for one in zip(SAMPLED, *zip(*LENGTHS, strict=True), strict=True)]
+        limits = GraphLimits(3, 4, least_pages=1)
+        replayed = DecodeGraphs(lambda batch: model.step(batch, store).logits_LV, limits, DEVICE, capture)
+        runner = Runner(model, store, manager, device=DEVICE, graphs=replayed if graphs else None)
+        waits.fetched = 0
+        logits_LV = runner.run(chunks).logits_LV
+        assert waits.fetched == 0
+        Sampler([2]).sample(logits_LV, [chunk.sequence for chunk in chunks])
+        assert waits.fetched == 1
+    assert sent == ([0] if graphs else [])
