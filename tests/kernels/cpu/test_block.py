@@ -8,11 +8,11 @@ import torch
 from compiled import each_isa
 from torch import Tensor
 
-from foveal.config.model import GQAConfig, Mamba2Config, RopeConfig
+from foveal.config.model import GQAConfig, Mamba2Config, MoEConfig, RopeConfig, RouterConfig
 from foveal.kernels import Contexts, Queries
 from foveal.kernels.cpu.block_parts import Layer, Norm
 from foveal.kernels.cpu.block_run import BlockRun, block_run
-from foveal.kernels.cpu.blocks import MLPBlock
+from foveal.kernels.cpu.blocks import MLPBlock, MoEBlock
 from foveal.kernels.cpu.mixer_blocks import ConvPart, GQABlock, Mamba2Block
 from foveal.kernels.keys import Rows
 
@@ -129,5 +129,19 @@ def test_what_the_kernels_cannot_read_is_not_fusable() -> None:
     assert not replace(BLOCK, out=Layer(torch.randn(8, 8).T)).fusable
     assert not replace(BLOCK, sparse=True, config=replace(CONFIG, window=5)).fusable
     assert not replace(BLOCK, out=Layer(torch.randn(8, 8), torch.randn(8).bfloat16())).fusable
+    router = RouterConfig("softmax", normalise=True, groups=2)
+    mixture = MoEBlock(
+        MoEConfig(4, 2, 6, router),
+        NORM,
+        Layer(torch.randn(4, 8)),
+        None,
+        torch.randn(4, 12, 8),
+        torch.randn(4, 8, 6),
+        None,
+        None,
+    )
+    assert mixture.fusable
+    for wrong in (replace(router, groups_kept=3), replace(router, groups=3)):
+        assert not replace(mixture, config=replace(mixture.config, router=wrong)).fusable
     feed_forward = MLPBlock(NORM, Layer(torch.randn(12, 8)), Layer(torch.randn(8, 6)), "silu")
     assert feed_forward.fusable and not replace(feed_forward, activation="gelu").fusable

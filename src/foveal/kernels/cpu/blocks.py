@@ -67,7 +67,9 @@ class MoEBlock:
         )
         bias = self.bias_E is None or (self.bias_E.dtype == torch.float32 and self.bias_E.is_contiguous())
         layers = [self.router, *(self.shared or ()), *([self.shared_gate] if self.shared_gate else [])]
-        return self.config.activation == "silu" and stacks and bias and readable([self.norm], layers)
+        router, experts = self.config.router, self.config.experts
+        groups = experts % router.groups == 0 and router.groups_kept <= router.groups  # else the plain form complains
+        return self.config.activation == "silu" and groups and stacks and bias and readable([self.norm], layers)
 
     def native(self, kernels: Kernels) -> Any:
         """`MoeBlock` of csrc/kernels/block.h."""
