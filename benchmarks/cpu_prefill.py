@@ -1,11 +1,12 @@
 """Prefill with latent attention on a CPU: dense, masked and sparse, compiled and in torch; where does sparse pay?
 
-A chunk of 64 queries at the end of a context, one layer, in bfloat16. Dense and masked read keys and values by head
-that have been expanded before; masked and sparse include the index scores and the selection. For each of 16 and 128
-attention heads: V3.2's 64 index heads, and one index head to two attention heads, as V3.2 has them. The last column is
-what the engine would run for a chunk of 2048 queries there: it counts the expansion of all keys as well.
+A chunk of 64 queries (`--queries`) at the end of a context, one layer, in bfloat16. Dense and masked read keys and
+values by head that have been expanded before; masked and sparse include the index scores and the selection. For each of
+16 and 128 attention heads: V3.2's 64 index heads, and one index head to two attention heads, as V3.2 has them. The last
+column is what the engine would run for a chunk of 2048 queries there: it counts the expansion of all keys as well.
 
-python benchmarks/cpu_prefill.py [--threads N] [--contexts 512 ...] [--heads 16 128] [--no-torch] [--json]
+python benchmarks/cpu_prefill.py [--threads N] [--contexts 512 ...] [--heads 16 128] [--queries 64] [--no-torch]
+    [--json]
 """
 
 import argparse
@@ -81,9 +82,9 @@ class Row:
         return min(self.compiled_ms, key=lambda form: self.compiled_ms[form])
 
 
-def measure(heads: int, index_heads: int, context: int, *, with_torch: bool, repetitions: int) -> Row:
+def measure(core: Core, *, with_torch: bool, repetitions: int) -> Row:
     """All forms of one chunk in turns in this process."""
-    core = Core(heads, index_heads, context, min(QUERIES, context))
+    context = core.context
     macs = {"dense": core.expanded_macs()}
     if context > TOPK:
         macs["masked"] = core.expanded_macs() + core.index_macs()
@@ -94,7 +95,7 @@ def measure(heads: int, index_heads: int, context: int, *, with_torch: bool, rep
     compiled_ms, torch_ms = (
         {form: spent for (form, version), spent in times.items() if version == wanted} for wanted in (None, "torch")
     )
-    return Row(heads, index_heads, context, compiled_ms, torch_ms, macs)
+    return Row(core.heads, core.index_heads, context, compiled_ms, torch_ms, macs)
 
 
 def forms(core: Core, version: str | None) -> dict[str, Callable[[], Any]]:
@@ -133,6 +134,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's choice)")
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
     parser.add_argument("--heads", type=int, nargs="+", default=[16, 128])
+    parser.add_argument("--queries", type=int, default=QUERIES, help="of the chunk")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--no-torch", action="store_true", help="leave the torch versions out")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -141,24 +143,28 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     rows = [
-        measure(heads, index_heads, context, with_torch=not arguments.no_torch, repetitions=arguments.repetitions)
+        measure(
+            Core(heads, index_heads, context, min(arguments.queries, context)),
+            with_torch=not arguments.no_torch,
+            repetitions=arguments.repetitions,
+        )
         for heads in arguments.heads
         for index_heads in sorted({64, heads // 2}, reverse=True)
         for context in sorted(arguments.contexts)
     ]
-    print_rows(rows, as_json=arguments.json)
+    print_rows(rows, arguments.queries, as_json=arguments.json)
 
 
-def print_rows(rows: list[Row], *, as_json: bool) -> None:
+def print_rows(rows: list[Row], queries: int, *, as_json: bool) -> None:
     """The table under the circumstances it was measured in."""
     if as_json:
         measured = [
             {**asdict(row), "cheapest": row.cheapest, "fastest": row.fastest, "engine": row.engine} for row in rows
         ]
-        print(json.dumps({"circumstances": circumstances(), "queries": QUERIES, "rows": measured}))
+        print(json.dumps({"circumstances": circumstances(), "queries": queries, "rows": measured}))
         return
     print(", ".join(f"{name} {value}" for name, value in circumstances().items()))
-    print(f"milliseconds of {QUERIES} queries, and how many times longer the torch version takes")
+    print(f"milliseconds of {queries} queries, and how many times longer the torch version takes")
     print_table(
         ["heads", "index heads", "context", *FORMS, "cheapest by count", "fastest", "engine, chunk of 2048"],
         [

@@ -18,6 +18,7 @@ import openai
 import pytest
 
 from foveal import LLM, SamplingParams
+from foveal.server import app
 from foveal.server.run import configuration
 
 from .serving import MODEL, Server, serving, wait_until
@@ -248,7 +249,7 @@ def test_metrics(own: Server) -> None:
 
 def test_a_body_that_does_not_come(tiny_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a drain that one half-sent request holds up for ever."""
-    monkeypatch.setattr("foveal.server.app._BODY_SECONDS", 1.0)
+    monkeypatch.setattr(app, "_BODY_SECONDS", 1.0)
     with serving(LLM(tiny_folder, max_num_seqs=8)) as server, connect(server.url) as connection:
         connection.sendall(head("/v1/completions", b"x" * 100) + b"{")
         wait_until(lambda: server.answering == 1)

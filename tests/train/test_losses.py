@@ -1,5 +1,7 @@
 """Losses against plain formulas in float64, and what each of them can reach."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import sparse_decoder
@@ -110,8 +112,7 @@ def test_short_sequences_beside_long_ones(decoder: Decoder) -> None:
 
 def selections(decoder: Decoder, batch: Batch) -> list[Tensor]:
     with torch.no_grad():
-        collecting = Batch(**{**vars(batch), "collect": frozenset({"selection"})})
-        return list(decoder.trunk(collecting)[1]["selection"])
+        return list(decoder.trunk(replace(batch, collect=frozenset({"selection"})))[1]["selection"])
 
 
 def test_activation_checkpoints_change_nothing(decoder: Decoder) -> None:
