@@ -331,6 +331,11 @@ FOVEAL_INLINE F32 exp(F32 x) {
   return where_at_least(x, -87.0f, scale2(p, n));
 }
 
+// x / (1 + e^-y). The division by x's side keeps a NaN, which exp would lose.
+FOVEAL_INLINE F32 times_sigmoid(F32 x, F32 y) { return x / (set1(1.0f) + exp(zero() - y)); }
+FOVEAL_INLINE F32 sigmoid(F32 x) { return times_sigmoid(set1(1.0f), x); }
+FOVEAL_INLINE F32 silu(F32 x) { return times_sigmoid(x, x); }
+
 // 2^x for x <= 127, relative error below 2e-7 (a minimax polynomial); exactly 0 below -126.5, so -inf gives 0. NaN stays NaN.
 FOVEAL_INLINE F32 exp2(F32 x) {
   const F32 clamped = max(set1(-127.0f), x);

@@ -10,12 +10,9 @@ namespace {
 // Results for one thread at a time; fewer are not worth waking a second thread.
 constexpr int64_t RESULTS = 1 << 13;
 
-// x / (1 + e^-y). The division by x's side keeps a NaN, which exp would lose.
-FOVEAL_INLINE F32 times_sigmoid(F32 x, F32 y) { return x / (set1(1.0f) + exp(zero() - y)); }
-
 template <Activation activation>
 FOVEAL_INLINE F32 activate(F32 x) {
-  if constexpr (activation == Activation::silu) return times_sigmoid(x, x);
+  if constexpr (activation == Activation::silu) return silu(x);
   // x (1 + tanh(y)) / 2 = x sigmoid(2 y), y = sqrt(2 / pi) (x + 0.044715 x^3) (arXiv 1606.08415)
   if constexpr (activation == Activation::gelu_tanh)
     return times_sigmoid(x, x * fma(x * x, set1(2.0f * 0.79788456f * 0.044715f), set1(2.0f * 0.79788456f)));

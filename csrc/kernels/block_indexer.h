@@ -31,7 +31,8 @@ inline void norm_key(const BlockIndexer& indexer, Number* key) {
   }
 }
 
-inline void turn_index(const BlockNorm& norm, const BlockIndexer& indexer, const BlockStep& step, const CachedStep& cache, char* x, int heads) {
+inline void turn_index(const BlockNorm& norm, const BlockIndexer& indexer, const BlockStep& step, const CachedStep& cache,
+                       char* x, int heads) {
   const int64_t row = heads * indexer.size;
   rope({x, row, indexer.size, x, row, indexer.size, cache.index_turns, step.tokens, heads, indexer.size, indexer.pairs,
         indexer.interleaved, norm.format, step.threads});
@@ -39,7 +40,8 @@ inline void turn_index(const BlockNorm& norm, const BlockIndexer& indexer, const
 
 inline bool has_eight_bits(const CachedRows& keys) { return keys.format == Format::e4m3 || keys.format == Format::int8; }
 
-inline void keep_index_keys(const BlockNorm& norm, const BlockIndexer& indexer, const BlockStep& step, const CachedStep& cache, const char* hidden) {
+inline void keep_index_keys(const BlockNorm& norm, const BlockIndexer& indexer, const BlockStep& step,
+                            const CachedStep& cache, const char* hidden) {
   const Format format = norm.format;
   Scratch scratch(step.tokens * indexer.size * bytes_of(format));
   char* keys = scratch.take<char>(step.tokens * indexer.size * bytes_of(format));
@@ -58,7 +60,8 @@ inline void keep_index_keys(const BlockNorm& norm, const BlockIndexer& indexer, 
 }
 
 // Weights of the index heads, float32 [tokens, heads].
-inline void weigh_heads(const BlockNorm& norm, const BlockIndexer& indexer, const BlockStep& step, const char* hidden, float* weights) {
+inline void weigh_heads(const BlockNorm& norm, const BlockIndexer& indexer, const BlockStep& step, const char* hidden,
+                        float* weights) {
   const int64_t numbers = step.tokens * norm.hidden;
   Scratch scratch(numbers * sizeof(float));
   float* wide = scratch.take<float>(numbers);
@@ -68,7 +71,8 @@ inline void weigh_heads(const BlockNorm& norm, const BlockIndexer& indexer, cons
   for (int64_t i = 0; i < step.tokens * indexer.heads; ++i) weights[i] *= indexer.scale;
 }
 
-inline void choose(const BlockNorm& norm, const BlockIndexer& indexer, const BlockStep& step, const CachedStep& cache, const char* hidden, const char* latent) {
+inline void choose(const BlockNorm& norm, const BlockIndexer& indexer, const BlockStep& step, const CachedStep& cache,
+                   const char* hidden, const char* latent) {
   const Format format = norm.format;
   const bool eight_bits = has_eight_bits(cache.index);
   const int64_t rows = step.tokens * indexer.heads, numbers = rows * indexer.size;
@@ -93,7 +97,8 @@ inline void choose(const BlockNorm& norm, const BlockIndexer& indexer, const Blo
 }
 
 // Keeps index keys, and selects where a sequence is longer than a selection.
-inline void glance(const BlockNorm& norm, const BlockIndexer& indexer, const BlockStep& step, const CachedStep& cache, const char* hidden, const char* latent) {
+inline void glance(const BlockNorm& norm, const BlockIndexer& indexer, const BlockStep& step, const CachedStep& cache,
+                   const char* hidden, const char* latent) {
   keep_index_keys(norm, indexer, step, cache, hidden);
   bool longer = false;
   for (int64_t s = 0; s < cache.sequences.count; ++s) longer = longer || cache.sequences.lengths[s] > indexer.topk;

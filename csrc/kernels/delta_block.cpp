@@ -5,8 +5,6 @@
 namespace foveal::FOVEAL_ISA {
 namespace {
 
-FOVEAL_INLINE F32 sigmoid(F32 x) { return set1(1.0f) / (set1(1.0f) + exp(zero() - x)); }
-
 // x[i] = function(x[i]) for registers.
 template <class Function>
 void map(float* x, int64_t count, Function function) {

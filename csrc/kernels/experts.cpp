@@ -74,7 +74,7 @@ inline int64_t part_of(const Experts& call, const Weight& weight, int64_t output
 template <class Number>
 void activate(const float* gate, const float* up, Number* hidden, int64_t count) {
   for (int64_t i = 0; i < count; i += F32::width) {
-    const F32 x = load(gate + i), result = x / (set1(1.0f) + exp(zero() - x)) * load(up + i);
+    const F32 result = silu(load(gate + i)) * load(up + i);
     const int n = static_cast<int>(count - i);
     n >= F32::width ? store(hidden + i, result) : store_partial(hidden + i, result, n);
   }

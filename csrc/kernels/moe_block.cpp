@@ -90,7 +90,7 @@ template <class Number>
 void gate_tokens(const BlockNorm& norm, const BlockStep& step, const Number* gates, Number* x) {
   for (int64_t t = 0; t < step.tokens; ++t) {
     Number rounded[F32::width];
-    store(rounded, set1(1.0f) / (set1(1.0f) + exp(zero() - load_up_to(gates + t, 1))));
+    store(rounded, sigmoid(load_up_to(gates + t, 1)));
     float gate[F32::width];
     store(gate, load(rounded));
     for (int64_t i = 0; i < norm.hidden; i += F32::width) {

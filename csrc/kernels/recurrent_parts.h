@@ -6,8 +6,6 @@
 
 namespace foveal::FOVEAL_ISA {
 
-FOVEAL_INLINE F32 silu(F32 x) { return x / (set1(1.0f) + exp(zero() - x)); }
-
 // log(1 + e^x) = max(x, 0) + log(1 + z) for z = e^-|x|, and log(1 + z) = 2 atanh(z / (2 + z)), whose series ends below 2e-8.
 FOVEAL_INLINE F32 softplus(F32 x) {
   const F32 above = max(zero(), x), z = exp(min(x, zero() - x)), s = z / (set1(2.0f) + z), squared = s * s;
@@ -50,8 +48,8 @@ inline void write_states(const CachedRows& slots, const StateStep& step, int64_t
 }
 
 // The convolution of `channels` of each token and its activation.
-inline void convolve(const BlockNorm& norm, const BlockConv& conv, const BlockStep& step, const StateStep& states, const char* x,
-              int64_t x_stride, int64_t channels, char* out) {
+inline void convolve(const BlockNorm& norm, const BlockConv& conv, const BlockStep& step, const StateStep& states,
+                     const char* x, int64_t x_stride, int64_t channels, char* out) {
   const int64_t bytes = (conv.taps - 1) * channels * bytes_of(norm.format), count = states.sequences.count;
   Scratch scratch(2 * count * bytes + 2 * 64);
   const char* before = read_states(states.inputs, states, bytes, scratch.take<char>(count * bytes));

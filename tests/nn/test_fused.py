@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from compiled import ISAS, each_isa
+from torch import Tensor
 
 from foveal.cache.store import CacheStore, plan_cache
 from foveal.config import ModelConfig
@@ -122,6 +123,27 @@ def make_batches() -> Iterator[Batch]:
         yield Batch.paged(tokens, starts, [tables[s] for s in known], slots=states)
 
 
+@torch.inference_mode()
+def beside_exact(decoder: Decoder, exact: Decoder) -> Iterator[tuple[Tensor, Tensor]]:
+    """The logits of each batch, in float64, and what the model in float64 makes of it."""
+    caches = [make_cache(model.config, model.options.dtype) for model in (decoder, exact)]
+    for batch in make_batches():
+        yield decoder.step(batch, caches[0]).logits_LV.double(), exact.step(batch, caches[1]).logits_LV.double()
+
+
+@torch.inference_mode()
+def beside_plain(
+    decoder: Decoder, caches: tuple[CacheStore, CacheStore], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The logits of each batch, and those of the same blocks one by one."""
+    for batch in make_batches():
+        result = decoder.step(batch, caches[0]).logits_LV
+        with monkeypatch.context() as plain:
+            plain.setattr(decoder, "_parts", [])
+            expected = decoder.step(batch, caches[1]).logits_LV
+        yield result, expected
+
+
 @each_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("attention", ATTENTION)
@@ -134,12 +156,8 @@ def test_steps(isa: str, dtype: torch.dtype, attention: str, monkeypatch: pytest
     assert [type(part) for part in decoder._parts] == [FusedRun]
     ran = []
     monkeypatch.setattr(FusedRun, "__call__", lambda *args, call=FusedRun.__call__: ran.append(1) or call(*args))
-    caches = make_cache(config, dtype), make_cache(config, torch.float64)
-    with torch.inference_mode():
-        for batch in make_batches():
-            result = decoder.step(batch, caches[0]).logits_LV.double()
-            expected = exact.step(batch, caches[1]).logits_LV.double()
-            assert (result - expected).norm() / expected.norm() < TOLERANCE[dtype]
+    for result, expected in beside_exact(decoder, exact):
+        assert (result - expected).norm() / expected.norm() < TOLERANCE[dtype]
     assert len(ran) == sum(sum(counts) <= FUSED_TOKENS for counts in STEPS) > 0
 
 
@@ -164,12 +182,8 @@ def test_latent_steps(isa: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> N
     decoder, exact = make_decoders(config, torch.float32)
     decoder.pack()
     assert [type(part) for part in decoder._parts] == [FusedRun]
-    caches = make_cache(config, torch.float32), make_cache(config, torch.float64)
-    with torch.inference_mode():
-        for batch in make_batches():
-            result = decoder.step(batch, caches[0]).logits_LV.double()
-            expected = exact.step(batch, caches[1]).logits_LV.double()
-            assert (result - expected).norm() / expected.norm() < 5e-6
+    for result, expected in beside_exact(decoder, exact):
+        assert (result - expected).norm() / expected.norm() < 5e-6
 
 
 @each_isa
@@ -189,15 +203,11 @@ def test_latent_caches(isa: str, dtype: torch.dtype, kv: str, index: str, monkey
     decoder.pack()
     assert [type(part) for part in decoder._parts] == [FusedRun]
     caches = make_cache(config, dtype, kv, index), make_cache(config, dtype, kv, index)
-    errors = []
-    with torch.inference_mode():
-        for batch in make_batches():
-            result = decoder.step(batch, caches[0]).logits_LV
-            with monkeypatch.context() as plain:
-                plain.setattr(decoder, "_parts", [])
-                expected = decoder.step(batch, caches[1]).logits_LV
-            if len(result) <= FUSED_TOKENS:
-                errors.append((result - expected).norm(dim=1) / expected.norm(dim=1))
+    errors = [
+        (result - expected).norm(dim=1) / expected.norm(dim=1)
+        for result, expected in beside_plain(decoder, caches, monkeypatch)
+        if len(result) <= FUSED_TOKENS
+    ]
     assert torch.cat(errors).median() < (1e-3 if dtype == torch.float32 else 4e-2)
 
 
@@ -229,14 +239,8 @@ def test_recurrent_steps(isa: str, dtype: torch.dtype, mixer: str, monkeypatch: 
     decoder, exact = make_decoders(config, dtype)
     decoder.pack()
     assert [type(part) for part in decoder._parts] == [FusedRun]
-    caches = make_cache(config, dtype), make_cache(config, torch.float64)
-    with torch.inference_mode():
-        for batch in make_batches():
-            result = decoder.step(batch, caches[0]).logits_LV.double()
-            expected = exact.step(batch, caches[1]).logits_LV.double()
-            assert (result - expected).norm() / expected.norm() < 3 * TOLERANCE[
-                dtype
-            ]  # the plain form's error is as large
+    for result, expected in beside_exact(decoder, exact):
+        assert (result - expected).norm() / expected.norm() < 3 * TOLERANCE[dtype]  # as large as the plain form's
 
 
 @needs_kernels
@@ -264,13 +268,8 @@ def test_the_same_numbers(dtype: torch.dtype, quantization: str | None, monkeypa
     decoder.pack()
     assert decoder._parts
     caches = make_cache(config, dtype), make_cache(config, dtype)
-    with torch.inference_mode():
-        for batch in make_batches():
-            result = decoder.step(batch, caches[0]).logits_LV
-            with monkeypatch.context() as plain:
-                plain.setattr(decoder, "_parts", [])
-                expected = decoder.step(batch, caches[1]).logits_LV
-            assert torch.equal(result, expected)
+    for result, expected in beside_plain(decoder, caches, monkeypatch):
+        assert torch.equal(result, expected)
 
 
 @needs_kernels
@@ -280,12 +279,8 @@ def test_blocks_that_cannot_stay_plain() -> None:
     decoder, exact = make_decoders(config, torch.float32)
     decoder.pack()
     assert [type(part) for part in decoder._parts] == [FusedRun, PlainPart] * 2
-    caches = make_cache(config, torch.float32), make_cache(config, torch.float64)
-    with torch.inference_mode():
-        for batch in make_batches():
-            result = decoder.step(batch, caches[0]).logits_LV.double()
-            expected = exact.step(batch, caches[1]).logits_LV.double()
-            assert (result - expected).norm() / expected.norm() < TOLERANCE[torch.float32]
+    for result, expected in beside_exact(decoder, exact):
+        assert (result - expected).norm() / expected.norm() < TOLERANCE[torch.float32]
 
 
 def test_gradients_and_unpacked_models_take_the_plain_way() -> None:

@@ -86,6 +86,11 @@ class StateSlots:
     rows_S: Tensor | None = None
     """int64 [S]: the slots, in and out, where the device alone knows them (CUDA graphs); none is fresh."""
 
+    @cached_property
+    def block(self) -> Tensor:
+        """int64 [3, S]: slots in, slots out, whether fresh, for kernels that take addresses."""
+        return torch.tensor((self.slots_in, self.slots_out, self.fresh), dtype=torch.int64)
+
     def rows_in(self, device: torch.device) -> Tensor | slice:
         """Where states are read. Slots that follow one another are a slice: read in place and written in one go."""
         return self._rows(self.slots_in, device)

@@ -50,7 +50,10 @@ class FusedRun:
         mixers = [(place, block) for place, block in blocks if isinstance(block, MixerBlock)]
         self._run, self._plain = run, plain
         self._places = [place for place, _ in mixers]
-        self._ropes = [block.ropes for _, block in mixers]
+        ropes = [block.ropes for _, block in mixers]
+        self._ropes = list(dict.fromkeys(rope for both in ropes for rope in both if rope))
+        place = {rope: index for index, rope in enumerate([*self._ropes, None])}
+        self._rope_of = [(place[own], place[index]) for own, index in ropes]
         self._known: WeakKeyDictionary[CacheStore, KeyPlaces | None] = WeakKeyDictionary()
 
     def __call__(self, x_TD: Tensor, step: Step, cache: CacheStore) -> Tensor:
@@ -63,10 +66,11 @@ class FusedRun:
             for part in self._plain:
                 x_TD = part(x_TD, step, cache)
             return x_TD
-        known = {rope: step.turns(rope) for ropes in set(self._ropes) for rope in ropes if rope}
-        turns = [(known[own] if own else None, known[index] if index else None) for own, index in self._ropes]
+        turns = [*map(step.turns, self._ropes), None]
+        of_mixers = [(turns[own], turns[index]) for own, index in self._rope_of]
+        slots_3S = step.batch.slots.block if step.batch.slots else None
         x_TD, step.selection_TK = self._run(
-            x_TD, turns, places, step.rows_T, step.queries, step.contexts, step.selection_TK, step.slots_3S
+            x_TD, of_mixers, places, step.rows_T, step.queries, step.contexts, step.selection_TK, slots_3S
         )
         return x_TD
 

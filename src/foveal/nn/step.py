@@ -65,14 +65,6 @@ class Step:
         return values_TX if self.batch.gathered is None else self.batch.gathered.gather(values_TX)
 
     @cached_property
-    def slots_3S(self) -> Tensor | None:
-        """int64: slots that recurrent states come from, that they go to, and which are fresh; None without any."""
-        slots = self.batch.slots
-        if slots is None:
-            return None
-        return torch.tensor([slots.slots_in, slots.slots_out, slots.fresh], dtype=torch.int64)
-
-    @cached_property
     def fusable(self) -> bool:
         """Whether blocks may run as one call: few tokens, a cache, no gradients, nobody who wants to see inside."""
         if self.rows_T is None or len(self.rows_T) > FUSED_TOKENS or torch.is_grad_enabled():

@@ -36,12 +36,14 @@ class CachedRows:
     """A cache as addresses, for as long as its tensors live."""
 
     parts: list[tuple[int, int, int]]
-    """Of each of three where it begins, bytes from one row (or page) to the next, and its format; NO_PART."""
+    """Three: where each begins, bytes from one row (page, slot) to the next, and its format; NO_PART for one that is
+    not there."""
     rows: int
+    """As many as all parts have, or slots."""
 
 
 NO_PART = (0, 0, 0)
-"""Of a cache that has less."""
+"""The arguments of a part that is not there."""
 
 NO_LAYER = (0,) * 8
 """The arguments of a layer that is not there."""

@@ -1,4 +1,4 @@
-"""Residual blocks one after another in one call (csrc/kernels/block.cpp, mla_block.cpp, moe_block.cpp)."""
+"""Residual blocks one after another in one call (csrc/kernels/block.h)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
