@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from ptx.numbers import Lanes, decoded, parts
 from ptx.parse import Instruction, Operand
 from ptx.scalar import Step
-from ptx.threads import WARP, Threads, address, sink, source
+from ptx.threads import WARP, Threads, address, sink, source, spread
 
 _LANE = np.arange(WARP)
 _GROUP, _IN_GROUP = _LANE // 4, _LANE % 4
@@ -30,7 +30,7 @@ def step_of(instruction: Instruction) -> Step | None:
 
 def by_warp(values: Lanes, threads: Threads) -> Lanes:
     """[warps, 32]"""
-    return np.broadcast_to(values, threads.count).reshape(-1, WARP)
+    return spread(values, threads.count).reshape(-1, WARP)
 
 
 def _shuffle(instruction: Instruction) -> Step:

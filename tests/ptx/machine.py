@@ -11,7 +11,7 @@ from ptx.memory import Fault, Flags, Region
 from ptx.numbers import Lanes
 from ptx.parse import Instruction, Program, parse
 from ptx.scalar import Step
-from ptx.threads import WARP, Threads, address, source
+from ptx.threads import WARP, Threads, address, source, spread
 
 # Threads that run in step: more cost memory, fewer time.
 _TOGETHER = 1 << 13
@@ -99,7 +99,7 @@ def _copy_step(instruction: Instruction) -> Step | None:
 
     def copy(threads: Threads) -> None:
         chosen = np.flatnonzero(threads.active)
-        some = np.broadcast_to(count(threads), threads.count)[chosen]
+        some = spread(count(threads), threads.count)[chosen]
         assert np.isin(some, (0, bytes_)).all()
         values = np.zeros((len(chosen), bytes_), np.uint8)
         reading = chosen[some > 0]

@@ -8,7 +8,7 @@ import numpy as np
 
 from ptx.numbers import TYPES, Lanes, from_bfloat16, from_e4m3, parts, to_bfloat16, to_e4m3
 from ptx.parse import Instruction, Operand
-from ptx.threads import Sink, Source, Threads, address, sink, source
+from ptx.threads import Sink, Source, Threads, address, sink, source, spread
 
 Step = Callable[[Threads], None]
 
@@ -158,7 +158,7 @@ def _pairwise(instruction: Instruction) -> Step:
     write, reads = sink(into), [source(operand, np.uint64) for operand in operands]
 
     def apply(threads: Threads) -> None:
-        pairs = (parts(np.broadcast_to(read(threads), threads.count), 4).view(np.float32) for read in reads)
+        pairs = (parts(spread(read(threads), threads.count), 4).view(np.float32) for read in reads)
         write(threads, np.ascontiguousarray(compute(*pairs)).view(np.uint64)[:, 0])
 
     return apply
@@ -219,14 +219,14 @@ def _move(instruction: Instruction) -> Step:
     if isinstance(into, tuple):
         sinks = [sink(operand) for operand in into]
         size = np.dtype(dtype).itemsize // len(into)
-        return lambda threads: _write_all(sinks, threads, parts(np.broadcast_to(read(threads), threads.count), size))
+        return lambda threads: _write_all(sinks, threads, parts(spread(read(threads), threads.count), size))
     write = sink(into)
     return lambda threads: write(threads, read(threads))
 
 
 def _joined(reads: list[Source], threads: Threads) -> Lanes:
     """[threads, operands]"""
-    return np.stack([np.broadcast_to(read(threads), threads.count) for read in reads], 1)
+    return np.stack([spread(read(threads), threads.count) for read in reads], 1)
 
 
 def _write_all(sinks: list[Sink], threads: Threads, values: Lanes) -> None:

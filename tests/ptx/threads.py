@@ -152,6 +152,11 @@ def source(operand: Operand, dtype: type[np.generic]) -> Source:
     return read
 
 
+def spread(values: Lanes, count: int) -> Lanes:
+    """[count]: a number for each thread."""
+    return values if len(values) == count else np.broadcast_to(values, count)
+
+
 def _constant(text: str, dtype: type[np.generic]) -> Lanes:
     if text == "global_smem":
         return np.zeros(1, dtype)
@@ -171,7 +176,7 @@ def sink(operand: Operand) -> Sink:
         register = threads.registers[operand]
         if values.dtype.kind == "f":
             values = values.view(f"u{values.itemsize}")
-        values = np.broadcast_to(values.astype(register.dtype, copy=False), register.shape)
+        values = spread(values.astype(register.dtype, copy=False), threads.count)
         if threads.all_active:
             threads.registers[operand] = values
         else:
@@ -185,4 +190,4 @@ def address(operand: Operand) -> Callable[[Threads, Integers], Integers]:
     match = _ADDRESS.fullmatch(operand) if isinstance(operand, str) else None
     assert match, operand
     base, offset = source(match[1], np.int64), int(match[2] or "0", 0)
-    return lambda threads, chosen: np.broadcast_to(base(threads), threads.count)[chosen] + offset
+    return lambda threads, chosen: spread(base(threads), threads.count)[chosen] + offset
