@@ -54,6 +54,17 @@ def test_what_is_left_to_torch() -> None:
     assert not _accepts_dense(q.double(), *rows, queries, scale=1.0)
     assert not _accepts_dense(q, *latents(Rows(torch.zeros(4, 6, requires_grad=True))), queries, scale=1.0)
     assert not _accepts_sparse(q, *rows, selection.long(), queries, scale=1.0)
+    k, v = torch.zeros(4, 1, 6), torch.zeros(4, 1, 3)
+
+    def takes(k: torch.Tensor, v: torch.Tensor) -> bool:
+        return _accepts_sparse(q, *(KeySource(Rows(x), contexts) for x in (k, v)), selection, queries, scale=1.0)
+
+    assert takes(k, v) and takes(k, v.transpose(0, 2).contiguous().transpose(0, 2))
+    assert not takes(k, v.bfloat16())
+    assert not takes(k, torch.zeros(4, 1, 513))
+    assert not takes(k.clone().requires_grad_(), v)
+    apart = KeySource(Rows(k), contexts), KeySource(Rows(v), Contexts.packed([4]))
+    assert not _accepts_sparse(q, *apart, selection, queries, scale=1.0)
     # Records whose scales are not where a float32 can be read.
     records = LatentRecords(torch.zeros(4, 13, dtype=torch.uint8), 5, torch.float32)
     assert not _accepts_dense(torch.zeros(1, 2, 7), *latents(records, 5), queries, scale=1.0)

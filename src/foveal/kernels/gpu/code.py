@@ -87,3 +87,15 @@ def share_of(length, split, splits, BLOCK: tl.constexpr):
     chunk = tl.cdiv(tl.cdiv(length, BLOCK), splits) * BLOCK
     begin = split * chunk
     return begin, tl.minimum(begin + chunk, length)
+
+
+@triton.jit
+def entries_of(selection, K):
+    """How many entries of one query's selection count: those up to the last that is a position."""
+    BLOCK: tl.constexpr = 1024
+    k = tl.arange(0, BLOCK)
+    last = 0
+    for start in range(0, K, BLOCK):
+        entry = tl.load(selection + start + k, mask=start + k < K, other=-1)
+        last = tl.maximum(last, tl.max(tl.where(entry >= 0, start + k + 1, 0), 0))
+    return last
