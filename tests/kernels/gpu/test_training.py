@@ -5,7 +5,7 @@ import torch
 from packing import make_queries, random_selection
 
 from foveal.kernels import Contexts, KeySource, Rows, index_divergence, sparse_attention
-from foveal.kernels.gpu.launch import Choice, Tiles
+from foveal.kernels.gpu.launch import Choice, Launch, Tiles
 from foveal.kernels.gpu.places import places
 from foveal.kernels.gpu.sparse_backward import sparse_backward
 from foveal.kernels.gpu.training import _Divergence
@@ -34,6 +34,28 @@ def test_sparse_backward(heads: int, groups: int, width: int, value_width: int) 
     launch.run()
     for gradient, x in zip(gradients, (q, k, v), strict=True):
         torch.testing.assert_close(gradient, x.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_sparse_attention_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward or a backward pass of grouped heads that is left to torch, or one that does not fit the other."""
+    launched = []
+    start = Launch.run
+    monkeypatch.setattr(Launch, "run", lambda launch: (launched.append(launch.kernel.fn.__name__), start(launch)))
+    counts = [4, 7]
+    contexts, queries = Contexts.packed(counts), make_queries(counts, counts)
+    selection, d_out = random_selection(counts, counts, 5), torch.randn(11, 4, 5)
+    learned = [torch.randn(11, heads, size) for heads, size in ((4, 6), (2, 6), (2, 5))]
+    found = []
+    for version in ({}, {"version": "reference"}):
+        q, k, v = inputs = [x.clone().requires_grad_() for x in learned]
+        keys, values = KeySource(Rows(k), contexts), KeySource(Rows(v), contexts)
+        out = sparse_attention(q, keys, values, selection, queries, scale=0.3, **version)
+        out.backward(d_out)
+        found.append([out.detach(), *(x.grad for x in inputs)])
+    assert launched == ["flash_kernel", "backward_kernel"]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("heads", "groups", "width", "index_heads", "size"), [(2, 1, 70, 3, 10), (4, 2, 8, 1, 16)])
