@@ -338,3 +338,12 @@ def _training(sizes: Sizes, device: torch.device) -> Iterator[Case]:
         2.0 * seen * (sizes.heads * width + 3 * sizes.index_heads * sizes.index_dim),
         plain="tiled",
     )
+    selection = rows.int()
+    yield Case(
+        "indexer's loss over a selection",
+        lambda version: index_divergence(
+            q_index, weights, *sources, queries, token_weights, scale=SCALE, selection_TK=selection, version=version
+        ),
+        2.0 * tokens * kept * (sizes.heads * width + 3 * sizes.index_heads * sizes.index_dim),
+        plain="tiled",
+    )

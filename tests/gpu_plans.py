@@ -20,6 +20,7 @@ from foveal.kernels.gpu.places import places
 from foveal.kernels.gpu.rounding import round_index, store_index_keys, store_latents
 from foveal.kernels.gpu.select import select_top
 from foveal.kernels.gpu.sparse_backward import sparse_backward
+from foveal.kernels.gpu.sparse_divergence import selected_divergence
 from foveal.kernels.gpu.warmup import Gaze, warmup_divergence
 from foveal.kernels.records import IndexKeyRecords, LatentRecords
 
@@ -107,8 +108,12 @@ def _training(card: Card) -> dict[str, Launch]:
     warmup = warmup_divergence(
         q_TIJ, torch.zeros(tokens, INDEX_HEADS), q_TIJ[:, 0], gaze, torch.zeros(tokens), where, tokens
     )
-    names = ("attention sums", "index sums", "divergence")
-    return {"sparse backward": backward, **dict(zip(names, warmup.launches, strict=True))}
+    selected = selected_divergence(
+        q_TIJ, torch.zeros(tokens, INDEX_HEADS), q_TIJ[:, 0], gaze, torch.zeros(tokens), rows_TK
+    )
+    names = ("attention sums", "index sums", "divergence", "selected sums", "selected divergence")
+    launched = (*warmup.launches, *selected.launches)
+    return {"sparse backward": backward, **dict(zip(names, launched, strict=True))}
 
 
 def main() -> None:
