@@ -173,7 +173,7 @@ def selected_tiles_for(width: int, rows: int, itemsize: int) -> Tiles:
     """Tiles over a selection. rows: the heads of a group.
 
     Mostly these are fewer than the 16 of a product, whose other rows are padding. That costs no time: a byte of keys
-    or values then takes 16 operations, and every card can do 100 and more while it reads one. What counts is how many
+    or values then takes 16 operations, and every card can do 70 and more while it reads one. What counts is how many
     bytes are on their way: blocks of 32 KiB, two or more of them on a multiprocessor of every card. Of four stages the
     compiler gives one to each link of the chain: entries of the selection, their pages, their rows.
     """
