@@ -28,3 +28,5 @@ def test_every_kernel_fits_every_card(capability: int) -> None:
     too_much = {fact["name"]: fact["shared"] for fact in facts if fact["shared"] > SHARED_MEMORY[capability]}
     assert not too_much, f"of {SHARED_MEMORY[capability]} bytes"
     assert {fact["cubin"] for fact in facts} == {_ELF}
+    # Rows are fetched number by number where the compiler loses sight of their alignment; a loop before did it once.
+    assert all(fact["copies"] for fact in facts if fact["name"] in ("flash window", "flash selected"))
