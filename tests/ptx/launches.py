@@ -10,7 +10,7 @@ from foveal.kernels.gpu.device import Card
 from foveal.kernels.gpu.launch import Launch
 from ptx.machine import run
 
-EMULATED = (80, 86, 89, 90, 120)
+EMULATED = (80, 86, 89, 90, 100, 120)
 """Compute capabilities of which the machine knows all instructions."""
 
 

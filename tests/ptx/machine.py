@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ptx import collective, scalar, warpgroup
-from ptx.memory import Fault, Flags, Region
+from ptx import collective, scalar, tensor_memory, warpgroup
+from ptx.memory import Fault, Flags, Region, SharedMemory
 from ptx.numbers import Lanes
 from ptx.parse import Instruction, Program, parse
 from ptx.scalar import Step
@@ -34,8 +34,7 @@ def run(ptx: str, shared_memory: int, grid: tuple[int, ...], arguments: Sequence
     together = max(1, _TOGETHER // program.threads)
     for first in range(0, len(places), together):
         part = places[first : first + together]
-        data = np.zeros(len(part) * shared_memory, np.uint8)
-        shared = Region("shared memory", 0, data, known=False, granule=granule, warps=warps)
+        shared = SharedMemory(len(part), shared_memory, granule=granule, warps=warps)
         threads = Threads(program, part, memory, shared, first)
         names = (f"%{name}" for name in program.parameters)
         threads.registers |= dict(zip(names, _bits(arguments), strict=False))
@@ -76,7 +75,7 @@ def _step(instruction: Instruction) -> Step | None:
         return None
     if instruction.name in _NOTHING or instruction.opcode == "bar.warp.sync":
         return lambda threads: threads.whole_warps()
-    makers = (scalar.step_of, collective.step_of, warpgroup.step_of, _copy_step)
+    makers = (scalar.step_of, collective.step_of, warpgroup.step_of, tensor_memory.step_of, _copy_step)
     step = next((found for make in makers if (found := make(instruction))), None)
     if step is None:
         raise NotImplementedError(f"{instruction.opcode} (of {instruction.where})")
@@ -115,38 +114,58 @@ class _Run:
     def __init__(self, program: Program, steps: Sequence[Step | None], threads: Threads) -> None:
         self._program, self._steps, self._threads = program, steps, threads
         self._at = np.zeros(threads.count, np.int64)
-        self._done, self._waiting = (np.zeros(threads.count, bool) for _ in range(2))
+        # Waiting: at a barrier of all threads. Held: for something that others have to do first.
+        self._done, self._waiting, self._held = (np.zeros(threads.count, bool) for _ in range(3))
 
     def run(self) -> None:
         """To the end."""
         with np.errstate(all="ignore"):
             while not self._done.all():
-                runnable = ~self._done & ~self._waiting
-                if runnable.any():
-                    self._go(runnable)
-                else:  # everyone who is left has come to a barrier
-                    self._threads.epochs[self._threads.programs_of(self._waiting)] += 1
-                    self._waiting[:] = False
+                runnable = ~(self._done | self._waiting | self._held)
+                if not runnable.any():
+                    self._release()
+                elif self._go(runnable):
+                    self._held[:] = False
 
-    def _go(self, runnable: Flags) -> None:
-        """Those who are furthest behind, until a branch or barrier, or until they meet others."""
-        at = int(self._at[runnable].min())
+    def _release(self) -> None:
+        """Everyone of a program has come to a barrier."""
+        held = np.isin(self._threads.program, self._threads.program[self._held])
+        free = self._waiting & ~held
+        if not free.any():
+            raise Fault("threads wait for what nobody will do")
+        self._threads.epochs[np.unique(self._threads.program[free])] += 1
+        self._waiting &= ~free
+
+    def _go(self, runnable: Flags) -> bool:
+        """Those who are furthest behind, until a branch or barrier, or until they meet others. Whether they moved."""
+        at = first = int(self._at[runnable].min())
         together = runnable & (self._at == at)
         stop = int(self._at[runnable & ~together].min(initial=len(self._steps)))
-        while at < stop:
+        while at < stop and together.any():
             instruction, step = self._program.instructions[at], self._steps[at]
             taken = together & self._guard(instruction)
             if step is None:
                 self._at[together] = at + 1
-                return self._flow(instruction, taken)
+                self._flow(instruction, taken)
+                return True
             try:
                 self._threads.select(taken)
                 if taken.any():
                     step(self._threads)
             except Fault as fault:
                 raise Fault(f"{instruction.where}, {instruction.opcode}: {fault}") from None
+            if self._threads.stalled.any():
+                self._hold(at)
+                together &= ~self._held
             at += 1
         self._at[together] = at
+        return at > first + 1 or bool(together.any())
+
+    def _hold(self, at: int) -> None:
+        stalled = self._threads.stalled
+        self._at[stalled] = at
+        self._held |= stalled
+        stalled[:] = False
 
     def _guard(self, instruction: Instruction) -> Flags:
         guard = instruction.guard or "1"

@@ -119,3 +119,21 @@ class Region:
     def _refuse(self, at: Integers, wrong: Flags, what: str, granule: int = 0) -> None:
         if wrong.any():
             raise Fault(f"{self.name} ({len(self.data)} bytes) {what}, at {at[wrong][0] * (granule or self._granule)}")
+
+
+class SharedMemory(Region):
+    """That of several programs, side by side, each with `size` bytes."""
+
+    # Every program's begins alike, whatever an instruction's alignment.
+    _STRIDE = 1024
+
+    def __init__(self, programs: int, size: int, *, granule: int, warps: int) -> None:
+        self._size, self._stride = size, -(-size // self._STRIDE) * self._STRIDE
+        data = np.zeros(programs * self._stride, np.uint8)
+        super().__init__("shared memory", 0, data, known=False, granule=granule, warps=warps)
+
+    def of_program(self, programs: Integers, addresses: Integers) -> Integers:
+        """Addresses [N] of N programs as addresses here. Fault beyond a program's memory."""
+        if ((addresses < 0) | (addresses >= self._size)).any():
+            raise Fault(f"addresses {addresses.min()} to {addresses.max()} of {self._size} bytes of shared memory")
+        return addresses + programs * self._stride

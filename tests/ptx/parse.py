@@ -44,6 +44,7 @@ class Program:
 
 _PARAMETER = re.compile(r"\.param .*?(\w+),?$")
 _REGISTERS = re.compile(r"\.reg \.(\w+)\s+(%\w+)<(\d+)>;")
+_LOCAL = re.compile(r"\.reg \.pred\s+(\w+);|([a-z]\w*):$")
 _SOURCE = re.compile(r"\.loc.*//\s*(\S+?):(\d+):\d+")
 _INSTRUCTION = re.compile(r"(?:@(!?%\w+)\s+)?([a-z][\w.:]*)\s*(.*);$")
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
@@ -53,6 +54,8 @@ def parse(text: str) -> Program:
     """The only kernel of a text. ValueError for what is none."""
     instructions: list[Instruction] = []
     labels, registers, parameters, threads, where, depth = {}, {}, [], 0, "", 0
+    # Names of a block in braces, and what they are called here.
+    local: dict[str, str] = {}
     for line in (line.strip() for line in text.splitlines()):
         if match := _SOURCE.match(line):
             where = f"{match[1]}:{match[2]}"
@@ -66,10 +69,19 @@ def parse(text: str) -> Program:
         elif line.startswith("$"):
             labels[line.rstrip(":")] = len(instructions)
         elif line in ("{", "}"):
-            depth += 1 if line == "{" else -1
+            depth, local = depth + (1 if line == "{" else -1), {}
             if depth == 0:
                 break
+        elif match := _LOCAL.match(line):
+            if match[1]:
+                registers["%local"] = "pred", 1
+                local[match[1]] = "%local0"
+            else:
+                local[match[2]] = f"${match[2]}{len(instructions)}"
+                labels[local[match[2]]] = len(instructions)
         elif depth and line and not line.startswith("."):
+            for name, own in local.items():
+                line = re.sub(rf"\b{name}\b", own, line)
             instructions.append(_instruction(line, where))
     return Program(tuple(instructions), labels, registers, tuple(parameters), threads)
 

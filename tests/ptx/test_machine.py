@@ -120,6 +120,38 @@ def test_asynchronous_copies() -> None:
         launch(COPY.format(wait="cp.async.wait_group 1;", count=4), given, found)
 
 
+SIGNAL = """
+    setp.eq.u32 %p1, %r1, 0;
+    @%p1 mbarrier.init.shared::cta.b64 [%r2], 1;
+    bar.sync 0;
+    mov.b32 %r6, 0;
+    setp.lt.u32 %p2, %r1, 32;
+    @%p2 bra $issue;
+$wait:
+    {{
+    .reg .pred complete;
+    again:
+    mbarrier.try_wait.parity.shared::cta.b64 complete, [%r6], 0;
+    @!complete bra.uni again;
+    }}
+    st.global.b32 [%rd4], %r1;
+    ret;
+$issue:
+    {commit}
+    bra.uni $wait;
+"""
+
+
+def test_waiting_for_products() -> None:
+    """Waiting for ever for those who come later in the program; or for nobody, unnoticed."""
+    given, found = numbers()
+    commit = "tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r6];"
+    launch(SIGNAL.format(commit=f"@%p1 {commit}"), given, found, programs=3)
+    assert found.tolist() == list(range(64))
+    with pytest.raises(Fault, match="threads wait for what nobody will do"):
+        launch(SIGNAL.format(commit=""), given, found)
+
+
 def test_threads_that_part() -> None:
     """Loops of different lengths within a warp, whose threads meet again."""
     given, found = numbers()
@@ -174,5 +206,5 @@ def test_arithmetic(instruction: str, expected) -> None:
 
 def test_an_unknown_instruction_is_named() -> None:
     """A kernel that is run as if an instruction were not there."""
-    with pytest.raises(NotImplementedError, match=r"tcgen05\.wait::ld\.sync\.aligned \(of kernel.py:7\)"):
-        launch("tcgen05.wait::ld.sync.aligned;", *numbers())
+    with pytest.raises(NotImplementedError, match=r"tcgen05\.shift\.cta_group::1\.down \(of kernel.py:7\)"):
+        launch("tcgen05.shift.cta_group::1.down [%r2];", *numbers())

@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from ptx.memory import Bytes, Fault, Flags, Integers, Region, Visitors
+from ptx.memory import Bytes, Fault, Flags, Integers, Region, SharedMemory, Visitors
 from ptx.numbers import TYPES, Lanes
 from ptx.parse import Operand, Program
 
@@ -51,32 +51,31 @@ class Threads:
     """What threads know, and which of them the current instruction is for."""
 
     def __init__(
-        self, program: Program, places: Integers, memory: tuple[Region, ...], shared: Region, first: int
+        self, program: Program, places: Integers, memory: tuple[Region, ...], shared: SharedMemory, first: int
     ) -> None:
         """places: [programs, 3], where in the grid; first: the number of the first of these programs."""
         self.count, self._memory, self._shared = len(places) * program.threads, memory, shared
         thread = np.arange(self.count)
-        self._program, self._warp = thread // program.threads, thread // WARP
+        self.program, self._warp = thread // program.threads, thread // WARP
         self._first = np.array([first, first * program.threads // WARP])
         self.epochs = np.zeros(len(places), np.int64)
         self.registers: dict[str, Lanes] = {}
         for prefix, (kind, count) in program.registers.items():
             self.registers |= {f"{prefix}{i}": np.zeros(self.count, TYPES[kind]) for i in range(count)}
-        self.registers |= {f"%ctaid.{axis}": places[self._program, i].astype(np.uint32) for i, axis in enumerate("xyz")}
+        self.registers |= {f"%ctaid.{axis}": places[self.program, i].astype(np.uint32) for i, axis in enumerate("xyz")}
         self.registers["%tid.x"] = (thread % program.threads).astype(np.uint32)
         self.registers["%laneid"] = (thread % WARP).astype(np.uint32)
         self._bases = np.array([region.base for region in memory])
         self.copies, self.products = Queue(self.count), Queue(self.count)
-        self.active = np.ones(self.count, bool)
+        self.tensors: object = None
+        """SM100's tensor memory (`tensor_memory.py`), once something asks for it."""
+        self.active, self.stalled = np.ones(self.count, bool), np.zeros(self.count, bool)
+        """`stalled`: who has to come to the current instruction again, later."""
         self.all_active = True
 
     def select(self, active: Flags) -> None:
         """The next instruction is for these threads."""
         self.active, self.all_active = active, bool(active.all())
-
-    def programs_of(self, threads: Flags) -> Integers:
-        """Which programs have one of them."""
-        return np.unique(self._program[threads])
 
     def whole_warps(self) -> None:
         """Fault where only a part of a warp is active."""
@@ -86,7 +85,7 @@ class Threads:
 
     def visitors(self, threads: Integers) -> Visitors:
         """As memory sees them."""
-        programs = self._program[threads]
+        programs = self.program[threads]
         first_program, first_warp = self._first
         return Visitors(self._warp[threads] + first_warp, programs + first_program, self.epochs[programs])
 
@@ -118,11 +117,7 @@ class Threads:
     ) -> Iterator[tuple[Region, Integers, Integers]]:
         """Each region with which of the accesses are in it, and where."""
         if space == "shared":
-            # Each program has a part of its own.
-            size = len(self._shared.data) // len(self.epochs)
-            if ((addresses < 0) | (addresses >= size)).any():
-                raise Fault(f"addresses {addresses.min()} to {addresses.max()} of {size} bytes of shared memory")
-            yield self._shared, np.arange(len(addresses)), addresses + self._program[threads] * size
+            yield self._shared, np.arange(len(addresses)), self._shared.of_program(self.program[threads], addresses)
             return
         place = np.searchsorted(self._bases, addresses, "right") - 1
         if (place < 0).any():
