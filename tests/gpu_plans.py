@@ -42,11 +42,11 @@ def _attentions(card: Card) -> dict[str, Launch]:
     selection_TK = torch.zeros(1, TOPK, dtype=torch.int32)
     last = Queries((0, 1), (CONTEXT - 1,))
     found = {}
-    for name, stored, chosen in (("sparse fp8", records, selection_TK), ("dense", plain, None)):
+    for name, stored, chosen in (("dense", plain, None), ("sparse fp8", records, selection_TK)):
         keys = KeySource(OneHead(stored), _PAGED)
         values = KeySource(Columns(keys.records, RANK), _PAGED)
         work = latent_attention(q_THX, keys, values, chosen, last, scale=0.1, choice=choice)
-        found[f"latent {name}"] = work.launches[0]
+        found |= {"rows": work.launches[0], f"latent {name}": work.launches[-2]}
     found["combine"] = work.launches[-1]
     rows = KeySource(Rows(torch.zeros(128, 8, 128, **_BFLOAT16)), _PAGED)
     q_THP = torch.zeros(64, 32, 128, **_BFLOAT16)

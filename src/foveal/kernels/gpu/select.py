@@ -102,8 +102,11 @@ def index_keys(
         elif tl.float8e4nv == DTYPE:
             key = bits.to(tl.float8e4nv, bitcast=True)
         else:
-            key = e4m3_values(bits, False).to(DTYPE)
+            key, unit = e4m3_values(bits, False)
+            key = key.to(DTYPE)
         scale = tl.load(scales + page * (STRIDE // 4) + 16 * J + place, mask=seen_N, other=0.0)
+        if KIND == "fp8" and tl.float8e4nv != DTYPE:
+            scale = scale * unit
     return key, scale
 
 
@@ -161,7 +164,8 @@ def score_kernel(
     j = tl.arange(0, BLOCK_J)
     q_MJ = tl.load(q + row_M[:, None] * J + j[None, :], mask=live_M[:, None] & (j < J)[None, :], other=0.0)
     if Q_BITS:
-        q_MJ = e4m3_values(q_MJ, False)
+        q_MJ, unit = e4m3_values(q_MJ, False)
+        q_MJ = q_MJ * unit
     q_MJ = q_MJ.to(DTYPE)
     weights_M = tl.load(weights + row_M, mask=live_M, other=0.0)
     list_T = ((token - base + t) * splits + split) * capacity
