@@ -18,6 +18,19 @@ def row_of(position, seen, start, table_row, PAGED: tl.constexpr):
 
 
 @triton.jit
+def block_places(at, end, start, table_row, PAGED: tl.constexpr, BLOCK: tl.constexpr):
+    """Pages and places in them of positions [at, at + BLOCK), which lie within one page of 64: one load for all."""
+    n = tl.arange(0, BLOCK)
+    if PAGED:
+        page = tl.load(table_row + at // 64, mask=at < end, other=0)
+        place_N = at % 64 + n
+    else:
+        page = (start + at + n) // PAGE_SIZE
+        place_N = (start + at + n) % PAGE_SIZE
+    return page, place_N
+
+
+@triton.jit
 def e4m3_values(bits, NATIVE: tl.constexpr):
     """float32 of e4m3 bytes (uint8) in some unit, exactly, and the unit, for a factor that is there anyway.
 

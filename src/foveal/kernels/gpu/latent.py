@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foveal.config.formats import LATENT_BLOCK, latent_bytes
 from foveal.kernels.gpu.code import LATENT_BLOCK as BLOCK
-from foveal.kernels.gpu.code import LN2, PAGE_SIZE, e4m3_values, share_of, softmax_step
+from foveal.kernels.gpu.code import LN2, PAGE_SIZE, block_places, e4m3_values, share_of, softmax_step
 from foveal.kernels.gpu.combine import combine, partial_results
 from foveal.kernels.gpu.device import Card, card_of
 from foveal.kernels.gpu.launch import (
@@ -42,11 +42,9 @@ def block_rows(rows, at, end, start_row, table_row, SELECTED: tl.constexpr, PAGE
     if SELECTED:
         row_N = tl.load(rows + n, mask=seen_N, other=-1).to(tl.int64)
         seen_N = row_N >= 0
-    elif PAGED:
-        page = tl.load(table_row + at // PAGE_SIZE, mask=at < end, other=0)
-        row_N = page * PAGE_SIZE + (n - at // PAGE_SIZE * PAGE_SIZE)
     else:
-        row_N = start_row + n
+        page, place_N = block_places(at, end, start_row, table_row, PAGED, BLOCK_N)
+        row_N = page * PAGE_SIZE + place_N
     return row_N, seen_N
 
 
