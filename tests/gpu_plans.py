@@ -7,6 +7,7 @@ import json
 import sys
 
 import torch
+from gpu_code import read_code
 from gpu_compile import compile_for
 
 from foveal.config.formats import latent_bytes
@@ -113,7 +114,16 @@ def main() -> None:
     card = Card(int(sys.argv[1]), 108)
     for name, launch in launches(card).items():
         compiled = compile_for(launch, card.capability)
-        facts = {"name": name, "shared": compiled.shared_memory, "cubin": compiled.cubin[:4].hex()}
+        code = read_code(compiled.cubin)
+        facts = {
+            "name": name,
+            "shared": compiled.shared_memory,
+            "registers": code.registers,
+            "spilled": code.spilled,
+            "warps": launch.warps,
+            "blocks": code.blocks(card.capability, launch.warps, compiled.shared_memory),
+            "loop": code.loop,
+        }
         print(json.dumps(facts), flush=True)
 
 

@@ -1,9 +1,9 @@
 """Score and select: index scores and their exact top-k in one stream, without a buffer of scores.
 
 A program scores blocks of keys for a few queries over one range of the context and appends what beats the lowest
-score kept so far to a small list of (score, position), in order of position. When a list is full it is cut down to the
-top-k, which raises the bar. Then one program a query picks the top-k of all its ranges' lists. Both find the k-th
-highest score digit by digit, with histograms of whole numbers: the result does not depend on the order in which
+score kept so far to a small list of (score, position), in order of position. When a list is nearly full it is cut down
+to the top-k, which raises the bar. Then one program a query picks the top-k of all its ranges' lists. Both find the
+k-th highest score digit by digit, with histograms of whole numbers: the result does not depend on the order in which
 anything runs. Since lists stay in order of position, ties go to the lower one and the result is ascending without a
 sort.
 """
@@ -179,10 +179,10 @@ def score_kernel(
     PIECE: tl.constexpr,
 ):
     """BLOCK_T queries of one sequence, of packed rows [base, base + chunk), over one range of its keys: lists of at
-    most `capacity` entries, cut down to K in the end.
+    most `capacity` entries, the K highest among them.
 
     AHEAD: as in `latent_kernel`. APART: scores are computed in a branch (that is always taken), without which the
-    compiler fails for SM100: it follows products to the last reduction that they reach.
+    compiler fails for SM100: it follows products to the last reduction that they reach. It does not load ahead then.
     """
     s = tl.program_id(2).to(tl.int64)
     split = tl.program_id(1)
@@ -245,7 +245,7 @@ def score_kernel(
                 tl.store(list_positions + place, tl.broadcast_to(n[:, None], [BLOCK_N, BLOCK_T]), mask=enters > 0)
                 kept_T += tl.sum(enters, 0)
         at = until
-        if (tl.max(kept_T, 0) > capacity - ROUND * BLOCK_N) | (at >= end):
+        if (at < end) & (tl.max(kept_T, 0) > capacity - ROUND * BLOCK_N):
             kept_T, bar_T = cut_lists(list_scores, list_positions, list_T, kept_T, bar_T, K, BLOCK_T, PIECE)
     tl.store(list_counts + (token - base + t) * splits + split, kept_T, mask=live_T)
 
@@ -371,7 +371,7 @@ def select_top(
         "DTYPE": dtype,
         "PAGED": where.paged,
         "AHEAD": tiles.stages == 1,
-        "APART": card.capability // 10 == 10,
+        "APART": _apart(card),
         "BLOCK_T": tiles.rows,
         "BLOCK_I": block_size(heads, 16 // tiles.rows),
         "BLOCK_J": block_size(size, 32),
@@ -383,8 +383,8 @@ def select_top(
         grid = (ceil_div(min(most, chunk), tiles.rows), splits, len(queries.positions))
         launches.append(Launch(score_kernel, grid, {**arguments, "base": base}, constants, tiles.warps, tiles.stages))
         merge = {**lists, "selection": selection_TK, "base": base}
-        sizes = {"BLOCK_K": block_size(topk), "PIECE": piece}
-        launches.append(Launch(merge_kernel, (min(chunk, tokens - base),), merge, sizes, warps=4))
+        sizes = {"BLOCK_K": block_size(topk), "PIECE": 2 * piece}
+        launches.append(Launch(merge_kernel, (min(chunk, tokens - base),), merge, sizes, warps=8))
     return tuple(launches), selection_TK
 
 
@@ -396,7 +396,12 @@ def tiles_for(card: Card, heads: int, most_queries: int, decodes: bool) -> Tiles
     """
     columns = 256 if card.reads_shared else 128
     rows = 1 if most_queries == 1 else max(1, min(8, columns // block_size(heads)))
-    return Tiles(rows, PAGE_SIZE, 4, 1 if decodes else 3 if rows == 1 else 2)
+    ahead = decodes or _apart(card)
+    return Tiles(rows, PAGE_SIZE, 4, 1 if ahead else 3 if rows == 1 else 2)
+
+
+def _apart(card: Card) -> bool:
+    return card.capability // 10 == 10
 
 
 def _splits(programs: int, longest: int, topk: int, card: Card) -> int:
