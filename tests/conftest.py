@@ -9,8 +9,9 @@ import pytest
 # Before torch loads: pytest-xdist already runs a process a core, and more threads only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Triton's interpreter runs the GPU kernels on the CPU. Read when Triton is imported, which parts of torch do.
-os.environ["TRITON_INTERPRET"] = "1"
+# Triton's interpreter runs the GPU kernels on the CPU, unless they are to be compiled for a card and run by the PTX
+# machine (tests/kernels/gpu/conftest.py). Read when Triton is imported, which parts of torch do.
+os.environ["TRITON_INTERPRET"] = "0" if "FOVEAL_TEST_CARD" in os.environ else "1"
 
 
 @pytest.fixture(autouse=True)

@@ -33,11 +33,13 @@ class Compiled:
     cubin: bytes
     ptx: str
     shared_memory: int
+    arguments: tuple[Tensor | float | int, ...]
+    """What is left of the launch's after the constants."""
 
 
 def compile_for(launch: Launch, capability: int) -> Compiled:
     """The launch's kernel, specialised as Triton does for these arguments."""
-    signature, constants, attributes = {}, dict(launch.constants), {}
+    signature, constants, attributes, arguments = {}, dict(launch.constants), {}, []
     for place, name in enumerate(launch.kernel.arg_names):
         if name in launch.constants:
             signature[name] = "constexpr"
@@ -46,12 +48,15 @@ def compile_for(launch: Launch, capability: int) -> Compiled:
         signature[name] = _type(value)
         if value is None or (isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
-        elif _divisible(value):
+            continue
+        arguments.append(value)
+        if _divisible(value):
             attributes[(place,)] = _DIVISIBLE
     source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     compiled: Any = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return Compiled(compiled.asm["cubin"], compiled.asm["ptx"], compiled.metadata.shared)
+    asm = compiled.asm
+    return Compiled(asm["cubin"], asm["ptx"], compiled.metadata.shared, tuple(arguments))
 
 
 def _type(value: Tensor | float | int | None) -> str:
