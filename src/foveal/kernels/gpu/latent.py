@@ -96,7 +96,8 @@ def weigh(q_MC, q_MR, k_NC, k_NR, visible, scale_log2, most_M, total_M, APART: t
     """One step of the softmax over a block of keys, see `softmax_step`."""
     if APART:
         # Two products that do not feed one another, see `latent_kernel`.
-        scores = tl.dot(q_MC, tl.trans(k_NC)) * scale_log2 + tl.dot(q_MR, tl.trans(k_NR)) * scale_log2
+        scores = tl.dot(q_MC, tl.trans(k_NC), input_precision="ieee") * scale_log2
+        scores += tl.dot(q_MR, tl.trans(k_NR), input_precision="ieee") * scale_log2
     else:
         scores = tl.dot(q_MC, tl.trans(k_NC), input_precision="ieee")
         scores = tl.dot(q_MR, tl.trans(k_NR), scores, input_precision="ieee") * scale_log2
