@@ -35,7 +35,7 @@ def run(ptx: str, shared_memory: int, grid: tuple[int, ...], arguments: Sequence
     for first in range(0, len(places), together):
         part = places[first : first + together]
         # Every program's begins at an aligned address, as on a card.
-        data = np.zeros(len(part) * -(-shared_memory // 1024) * 1024, np.uint8)
+        data = np.zeros(len(part) * -(-shared_memory // 16) * 16, np.uint8)
         shared = Region("shared memory", 0, data, known=False, granule=granule, warps=warps)
         threads = Threads(program, part, memory, shared, first)
         names = (f"%{name}" for name in program.parameters)
