@@ -245,6 +245,17 @@ def _grouped(sizes: Sizes, device: torch.device) -> Iterator[Case]:
                 ),
             ),
         )
+        selection = random_selection(sequences * queries, max(1, length - queries), sizes.topk, device)
+        kept = int((selection[0] >= 0).sum())
+        rows = sequences * (kept if queries == 1 else min(queries * kept, length))
+        yield Case(
+            f"sparse grouped attention, {name}",
+            lambda version, q=q, k=keys, v=values, c=selection, s=whose: sparse_attention(
+                q, k, v, c, s, scale=SCALE, version=version
+            ),
+            4.0 * sequences * queries * kept * heads * sizes.head_dim,
+            float(2 * rows * sizes.groups * sizes.head_dim * q.element_size()),
+        )
 
 
 def _experts(sizes: Sizes, device: torch.device) -> Iterator[Case]:
@@ -325,5 +336,14 @@ def _training(sizes: Sizes, device: torch.device) -> Iterator[Case]:
             q_index, weights, *sources, queries, token_weights, scale=SCALE, version=version
         ),
         2.0 * seen * (sizes.heads * width + 3 * sizes.index_heads * sizes.index_dim),
+        plain="tiled",
+    )
+    selection = rows.int()
+    yield Case(
+        "indexer's loss over a selection",
+        lambda version: index_divergence(
+            q_index, weights, *sources, queries, token_weights, scale=SCALE, selection_TK=selection, version=version
+        ),
+        2.0 * tokens * kept * (sizes.heads * width + 3 * sizes.index_heads * sizes.index_dim),
         plain="tiled",
     )

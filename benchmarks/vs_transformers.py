@@ -117,7 +117,7 @@ class TransformersSide:
         static = self._setup.cache == "static"
         config = self._model.config
         self._cache = StaticCache(config, max_cache_len=length) if static else DynamicCache(config=config)
-        return self._forward(self._setup.prefill, torch.tensor(prompts))
+        return self._forward(self._setup.prefill, torch.tensor(prompts, device=self._model.device))
 
     def step(self) -> float:
         """See `Side`."""
@@ -129,6 +129,8 @@ class TransformersSide:
         start = time.perf_counter()
         output = self._model(ids_SN, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         self._latest_S1 = output.logits[:, -1].argmax(-1, keepdim=True)
+        if ids_SN.is_cuda:
+            torch.cuda.synchronize(ids_SN.device)
         return _since(start)
 
 

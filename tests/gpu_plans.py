@@ -13,7 +13,7 @@ from gpu_compile import compile_for
 from foveal.config.formats import latent_bytes
 from foveal.kernels import Columns, Contexts, KeySource, OneHead, Queries, Rows
 from foveal.kernels.gpu.device import Card
-from foveal.kernels.gpu.flash import Seen, packed_attention, plain_attention
+from foveal.kernels.gpu.flash import Seen, packed_attention, plain_attention, selected_attention
 from foveal.kernels.gpu.latent import latent_attention
 from foveal.kernels.gpu.launch import Choice, Launch
 from foveal.kernels.gpu.pairs import pair_products
@@ -21,6 +21,7 @@ from foveal.kernels.gpu.places import places
 from foveal.kernels.gpu.rounding import round_index, store_index_keys, store_latents
 from foveal.kernels.gpu.select import select_top
 from foveal.kernels.gpu.sparse_backward import sparse_backward
+from foveal.kernels.gpu.sparse_divergence import selected_divergence
 from foveal.kernels.gpu.warmup import Gaze, warmup_divergence
 from foveal.kernels.records import IndexKeyRecords, LatentRecords
 
@@ -53,9 +54,12 @@ def _attentions(card: Card) -> dict[str, Launch]:
     q_THP = torch.zeros(64, 32, 128, **_BFLOAT16)
     chunk = Queries((0, 64), (CONTEXT - 64,))
     windowed = packed_attention(q_THP, rows, rows, chunk, scale=0.1, seen=Seen(True, 1024, 4), choice=choice)
+    chosen_TK = torch.zeros(64, TOPK, dtype=torch.int32)
+    selected = selected_attention(q_THP, rows, rows, chosen_TK, chunk, scale=0.1, choice=choice)
     wide = torch.zeros(1, 128, 4, 256, **_BFLOAT16)
     full = plain_attention(wide, wide, wide, scale=0.1, seen=Seen(False, None, 0), choice=choice)
-    return {**found, "flash window": windowed.launches[0], "flash wide": full.launches[0]}
+    flash = {"window": windowed, "selected": selected, "wide": full}
+    return {**found, **{f"flash {name}": work.launches[0] for name, work in flash.items()}}
 
 
 def _selections(card: Card) -> dict[str, Launch]:
@@ -105,8 +109,12 @@ def _training(card: Card) -> dict[str, Launch]:
     warmup = warmup_divergence(
         q_TIJ, torch.zeros(tokens, INDEX_HEADS), q_TIJ[:, 0], gaze, torch.zeros(tokens), where, tokens
     )
-    names = ("attention sums", "index sums", "divergence")
-    return {"sparse backward": backward, **dict(zip(names, warmup.launches, strict=True))}
+    selected = selected_divergence(
+        q_TIJ, torch.zeros(tokens, INDEX_HEADS), q_TIJ[:, 0], gaze, torch.zeros(tokens), rows_TK
+    )
+    names = ("attention sums", "index sums", "divergence", "selected sums", "selected divergence")
+    launched = (*warmup.launches, *selected.launches)
+    return {"sparse backward": backward, **dict(zip(names, launched, strict=True))}
 
 
 def main() -> None:

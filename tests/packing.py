@@ -31,6 +31,16 @@ def source(values: list[Tensor], paged: bool) -> KeySource:
     return KeySource(Rows(pages.flatten(0, 1)), Contexts.paged(table_SB, lengths))
 
 
+def keys_and_values(
+    lengths: list[int], groups: int, widths: tuple[int, int], paged: bool
+) -> tuple[KeySource, KeySource]:
+    """Random rows [groups, width] behind one table; what no sequence owns is NaN."""
+    both = source([torch.randn(length, groups, sum(widths)) for length in lengths], paged)
+    assert isinstance(both.records, Rows)
+    keys, values = (KeySource(Rows(part), both.contexts) for part in both.records.values.split(list(widths), -1))
+    return keys, values
+
+
 def make_queries(counts: list[int], lengths: list[int]) -> Queries:
     offsets = torch.tensor([0, *counts]).cumsum(0).tolist()
     return Queries(tuple(offsets), tuple(n - t for t, n in zip(counts, lengths, strict=True)))

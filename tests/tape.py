@@ -1,6 +1,6 @@
 """A CUDA graph on the CPU: what a function did is done again on the same tensors, without its Python."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -39,9 +39,9 @@ class Tape(TorchDispatchMode):
             self._entries.append((func, args, kwargs, new))
         return result
 
-    def launched(self, launch: Launch) -> None:
-        """Keep a launch."""
-        self._entries.append((_run, (launch,), {}, []))
+    def launched(self, run: Callable[[Launch], None], launch: Launch) -> None:
+        """Keep a launch, and how to run it."""
+        self._entries.append((run, (launch,), {}, []))
 
     def replay(self) -> None:
         """Everything again; what the function made holds NaN before it is made again."""
@@ -52,9 +52,6 @@ class Tape(TorchDispatchMode):
             results = [x for x in tree_leaves(func(*args, **kwargs)) if isinstance(x, Tensor)]
             for old, new in zip(made, results, strict=bool(made)):
                 old.copy_(new)
-
-
-_run = Launch.run
 
 
 def _storage(x: Tensor) -> int:
@@ -102,13 +99,15 @@ def _versions_of_a_card() -> Iterator[None]:
 def _recorded(tape: Tape) -> Iterator[None]:
     """Launches are kept, and run."""
 
+    before = Launch.run
+
     def run(launch: Launch) -> None:
         with torch.utils._python_dispatch._disable_current_modes():
-            _run(launch)
-        tape.launched(launch)
+            before(launch)
+        tape.launched(before, launch)
 
     Launch.run = run  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Launch.run = _run  # type: ignore[method-assign]
+        Launch.run = before  # type: ignore[method-assign]

@@ -3,6 +3,7 @@
 // scores [heads, STRIP] and the sums [heads, value_dim] stay in the level-one and -two caches; while keys are being
 // multiplied, the values of the same positions are fetched. A long context is cut into parts, whose number depends on the
 // context alone, so that two cores can share one sequence and the result is the same however many there are.
+#include "common/few_heads.h"
 #include "kernels/flash_parts.h"
 
 namespace foveal::FOVEAL_ISA {
@@ -10,12 +11,6 @@ namespace {
 
 constexpr int64_t STRIP = 128, PART = 256, MOST_PARTS = 32;
 constexpr int64_t SCORE_STRIDE = STRIP + F32::width;  // scores are stored four at a time: up to three past the last key
-constexpr int KEYS = 4;                               // whose products with a few heads are summed at the same time
-#if defined(FOVEAL_AVX512)
-constexpr int MOST_ROWS = 4;
-#else
-constexpr int MOST_ROWS = 3;
-#endif
 
 struct Strip {
   float* q;       // [heads, padded key_dim], zeros at the end
@@ -24,38 +19,6 @@ struct Strip {
   SoftmaxState* states;
   int64_t q_stride, sums_stride;
 };
-
-// Two registers of a row at once. bf16 come as their even and their odd numbers, which takes half as many instructions as
-// widening them in order; queries are loaded in the same way, and `in_order` puts the sums right at the end.
-struct Pair {
-  F32 a, b;
-};
-constexpr int PAIR = 2 * F32::width;
-
-FOVEAL_INLINE Pair load_pair(const float* p) { return {load(p), load(p + F32::width)}; }
-FOVEAL_INLINE Pair load_pair(const bf16* p) {
-  const F32 words = load(reinterpret_cast<const float*>(p));
-  return {low_halves(words), high_halves(words)};
-}
-template <class Number>
-FOVEAL_INLINE Pair load_pair_of(const Number* p, int left) {
-  if (left >= PAIR) return load_pair(p);
-  Number buffer[PAIR] = {};
-  std::memcpy(buffer, p, left * sizeof(Number));
-  return load_pair(buffer);
-}
-
-FOVEAL_INLINE void in_order(float*, int64_t, float*) {}
-FOVEAL_INLINE void in_order(bf16*, int64_t n, float* row) {
-  for (int64_t i = 0; i < n; i += PAIR) {
-    float both[PAIR];
-    std::memcpy(both, row + i, sizeof both);
-    for (int j = 0; j < F32::width; ++j) row[i + 2 * j] = both[j], row[i + 2 * j + 1] = both[F32::width + j];
-  }
-}
-
-// Some heads of a group: how many at a time, of those that are left.
-FOVEAL_INLINE int rows_of(int left) { return left == MOST_ROWS + 1 ? (left + 1) / 2 : left < MOST_ROWS ? left : MOST_ROWS; }
 
 template <int ROWS, class Number>
 FOVEAL_INLINE void score_keys(const float* q, int64_t q_stride, const Number* const* k, int size, float* scores) {
@@ -117,25 +80,6 @@ FOVEAL_INLINE void add_values(
     add_columns<ROWS, 2>(weights, v + c, v_row, count, size - c, sums + c, sums_stride);
   for (; c < size; c += PAIR)
     add_columns<ROWS, 1>(weights, v + c, v_row, count, size - c, sums + c, sums_stride);
-}
-
-template <int N>
-struct Constant {
-  static constexpr int value = N;
-};
-
-// Calls function(first head, Constant<count>) for a few heads at a time.
-template <class Function>
-FOVEAL_INLINE void each_rows(int heads, Function function) {
-  for (int h = 0, rows; h < heads; h += rows) {
-    rows = rows_of(heads - h);
-    switch (rows) {
-      case 1: function(h, Constant<1>()); break;
-      case 2: function(h, Constant<2>()); break;
-      case 3: function(h, Constant<3>()); break;
-      default: function(h, Constant<MOST_ROWS>());
-    }
-  }
 }
 
 // Positions whose rows follow one another, from the i-th visible one; at most `most`.

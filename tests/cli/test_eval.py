@@ -7,14 +7,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-import torch
+from adapters import make_adapter
 from oracle import make_oracle
-
-from foveal import load_model
-from foveal.config import read_config
-from foveal.config.indexers import with_indexers
-from foveal.models import Decoder
-from foveal.models.adapter import AdapterConfig, fingerprint, indexer_tensors, save_adapter
 
 _TEXT = "The quick brown fox jumps over the lazy dog. It was a dark and stormy night; the rain fell. " * 20
 
@@ -121,19 +115,7 @@ def test_another_model(run: Any, tiny_model: str, sparse_model: str, text: str) 
 @pytest.fixture(scope="module")
 def adapter(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Random indexers with a top-k of 24 for the tiny llama."""
-    config = with_indexers(read_config(Path(tiny_model)), heads=16, head_dim=8, topk=24)
-    decoder = Decoder(config)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in decoder.named_parameters():
-            if ".indexer." in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    folder = tmp_path_factory.mktemp("adapter") / "indexers"
-    base = fingerprint(load_model(tiny_model))
-    save_adapter(
-        indexer_tensors(decoder), AdapterConfig("tiny", base, heads=16, head_dim=8, topk=24, rope_dim=4), folder
-    )
-    return str(folder)
+    return make_adapter(Path(tiny_model), tmp_path_factory.mktemp("adapter") / "indexers", topk=24)
 
 
 def test_an_adapter_against_its_base(run: Any, tiny_model: str, adapter: str, text: str) -> None:

@@ -10,6 +10,7 @@ from foveal import SamplingParams
 from foveal.cache import CacheManager
 from foveal.cache.store import CacheStore, plan_cache
 from foveal.config import ModelConfig, read_config
+from foveal.config.indexers import with_indexers
 from foveal.engine.graphs import DecodeGraphs, GraphLimits, Work
 from foveal.engine.request import Request, SequenceState, seeded_generator
 from foveal.engine.runner import Runner
@@ -27,7 +28,9 @@ LENGTHS = ((5, 5), (60, 70))
 
 
 def config_of(family: str) -> ModelConfig:
-    return read_config(transformers.AutoConfig.for_model(family.split("-")[0], **FAMILIES[family]).to_dict())
+    settings = FAMILIES[family.removesuffix("-indexed")]
+    config = read_config(transformers.AutoConfig.for_model(family.split("-")[0], **settings).to_dict())
+    return with_indexers(config, heads=16, head_dim=32, topk=12) if family.endswith("-indexed") else config
 
 
 def running(manager: CacheManager, params: SamplingParams, prompt: int, computed: int) -> Chunk:
@@ -41,7 +44,9 @@ def running(manager: CacheManager, params: SamplingParams, prompt: int, computed
 
 
 @pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize("family", ["llama-dynamic", "deepseek_v32", "jamba", "qwen3_next", "kimi_linear"])
+@pytest.mark.parametrize(
+    "family", ["llama-dynamic", "qwen3-indexed", "deepseek_v32", "jamba", "qwen3_next", "kimi_linear"]
+)
 def test_a_decode_step(family: str, graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """`item`, `nonzero`, truth values as an index, a blocking copy anywhere in a step; and within a graph, any copy at
     all, which would be of memory that is the host's again by the next replay."""

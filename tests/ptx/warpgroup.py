@@ -18,8 +18,8 @@ from ptx.parse import Instruction, Operand
 from ptx.scalar import Step
 from ptx.threads import WARP, Threads, sink, source
 
-Rows = Callable[[Threads, Integers], NDArray[np.float64]]
-"""What some warps read: [W, rows, K]."""
+Rows = Callable[[], NDArray[np.float64]]
+"""What some warps read, whenever it is asked: [W, rows, K]."""
 _LANE = np.arange(WARP)
 _GROUP, _IN_GROUP = _LANE // 4, _LANE % 4
 _SWIZZLES = {0: 16, 1: 128, 2: 64, 3: 32}
@@ -91,23 +91,26 @@ def _multiply(instruction: Instruction) -> Step:
     def start(threads: Threads) -> None:
         threads.whole_warps()
         warps = np.flatnonzero(threads.active.reshape(-1, WARP).any(1))
-        before_a, before_b = left(threads, warps), right(threads, warps)
+        read_a, read_b = left(threads, warps), right(threads, warps)
+        before_a, before_b = read_a(), read_b()
         adding = by_warp(add(threads), threads)[warps, 0]
 
         def finish(own: Integers) -> None:
             if not len(own):
                 return
-            assert len(own) == WARP * len(warps), "a part of the warps waits"
-            a_WMK, b_WNK = left(threads, warps), right(threads, warps)
-            for now, before in ((a_WMK, before_a), (b_WNK, before_b)):
+            # Programs side by side need not wait at the same time.
+            chosen = own[::WARP] // WARP
+            assert len(own) == WARP * len(chosen), "a part of a warp waits"
+            done, a_WMK, b_WNK = warps[chosen], read_a()[chosen], read_b()[chosen]
+            for now, before in ((a_WMK, before_a[chosen]), (b_WNK, before_b[chosen])):
                 if not np.array_equal(now, before, equal_nan=True):
                     raise Fault("a matrix of a product has changed before it was waited for")
             products_WMN = a_WMK @ b_WNK.transpose(0, 2, 1)
             for number, (put, get) in enumerate(zip(write, read, strict=True)):
                 row, column = _GROUP + number // 2 % 2 * 8, number // 4 * 8 + 2 * _IN_GROUP + number % 2
                 kept_WL = np.array(by_warp(get(threads), threads))
-                found_WL = np.where(adding[:, None], kept_WL[warps], 0) + products_WMN[:, row, column]
-                kept_WL[warps] = found_WL.astype(total)
+                found_WL = np.where(adding[chosen, None], kept_WL[done], 0) + products_WMN[:, row, column]
+                kept_WL[done] = found_WL.astype(total)
                 put(threads, kept_WL.ravel())
 
         members = (warps[:, None] * WARP + _LANE).ravel()
@@ -116,25 +119,31 @@ def _multiply(instruction: Instruction) -> Step:
     return start
 
 
-def _left(operand: Operand, kind: str, turned: bool) -> Rows:
+def _left(operand: Operand, kind: str, turned: bool) -> Callable[[Threads, Integers], Rows]:
     """[W, 16, K]: each warp's rows of A, from registers or from shared memory."""
     if isinstance(operand, tuple):
         registers = [source(register, np.uint32) for register in operand]
-        return lambda threads, warps: fragment_a([by_warp(x(threads), threads)[warps] for x in registers], kind)
+
+        def own_registers(threads: Threads, warps: Integers) -> Rows:
+            return lambda: fragment_a([by_warp(x(threads), threads)[warps] for x in registers], kind)
+
+        return own_registers
     whole = _shared(operand, Matrix(64, kind, turned))
 
-    def own_rows(threads: Threads, warps: Integers) -> NDArray[np.float64]:
-        rows = warps[:, None] % 4 * 16 + np.arange(16)
-        return whole(threads, warps)[np.arange(len(warps))[:, None], rows]
+    def own_rows(threads: Threads, warps: Integers) -> Rows:
+        rows, read = warps[:, None] % 4 * 16 + np.arange(16), whole(threads, warps)
+        return lambda: read()[np.arange(len(warps))[:, None], rows]
 
     return own_rows
 
 
-def _shared(operand: str, matrix: Matrix) -> Rows:
+def _shared(operand: str, matrix: Matrix) -> Callable[[Threads, Integers], Rows]:
     """[W, rows, K]: a matrix that each warp's descriptor tells of."""
     read = source(operand, np.int64)
 
-    def numbers(threads: Threads, warps: Integers) -> NDArray[np.float64]:
-        return matrix.read(threads, warps, by_warp(read(threads), threads)[warps, 0])
+    def numbers(threads: Threads, warps: Integers) -> Rows:
+        # The registers may name the next product's matrix by the time that this one is waited for.
+        descriptor = by_warp(read(threads), threads)[warps, 0]
+        return lambda: matrix.read(threads, warps, descriptor)
 
     return numbers

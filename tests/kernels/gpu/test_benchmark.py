@@ -31,7 +31,7 @@ def test_checks_every_kernel(benchmark, interpreted: None) -> None:
     dtype = torch.bfloat16 if EMULATED else torch.float32
     sizes = Sizes(batch=2, context=130, chunk=2, train=4, topk=20, dtype=dtype, **latent, **grouped)
     errors = benchmark.check(sizes, torch.device("cpu"))
-    assert len(errors) == 18 and max(errors.values()) < (4e-3 if EMULATED else 1e-4)
+    assert len(errors) == 21 and max(errors.values()) < (4e-3 if EMULATED else 1e-4)
 
 
 @pytest.mark.skipif(not EMULATED, reason="the interpreter has no tensor cores")
@@ -43,7 +43,7 @@ def test_tiles_of_a_real_model(benchmark, interpreted: None, monkeypatch: pytest
     for long in ("_experts", "_training"):  # minutes in the machine, or gigabytes
         monkeypatch.setattr(gpu_cases, long, lambda sizes, device: ())
     errors = benchmark.check(Sizes(batch=2, context=210, chunk=3, train=2, topk=70, heads=70), torch.device("cpu"))
-    assert len(errors) == 15 and max(errors.values()) < 4e-3
+    assert len(errors) == 17 and max(errors.values()) < 4e-3
 
 
 def test_a_wrong_kernel_is_named(benchmark, monkeypatch: pytest.MonkeyPatch) -> None:

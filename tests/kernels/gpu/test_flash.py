@@ -2,21 +2,14 @@
 
 import pytest
 import torch
-from packing import close, make_queries, source
+from packing import close, keys_and_values, make_queries
 from torch import Tensor
 
-from foveal.kernels import KeySource, Queries, Rows, attention, flash_forward
+from foveal.kernels import Queries, attention, flash_forward
 from foveal.kernels.gpu.flash import Seen, packed_attention, plain_attention
 from foveal.kernels.gpu.launch import Choice, Tiles
 
 SMALL = Tiles(16, 16, 4, 1)
-
-
-def keys_and_values(lengths: list[int], groups: int, widths: tuple[int, int], paged: bool):
-    """Random rows behind one table; what no sequence owns is NaN."""
-    both = source([torch.randn(length, groups, sum(widths)) for length in lengths], paged)
-    assert isinstance(both.records, Rows)
-    return tuple(KeySource(Rows(part), both.contexts) for part in both.records.values.split(list(widths), -1))
 
 
 def check(counts: list[int], lengths: list[int], heads: int, groups: int, seen: Seen, *, paged: bool, splits: int):

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import make_adapter
 from oracle import VOCAB, make_oracle
 from tape import TapeCapture
 
@@ -50,14 +51,21 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Sizes of the selection of grouped-query attention: always sparse; dense in the graphs of one page.
+ADAPTERS = {"llama-adapter": 12, "qwen3-adapter": 64}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *ADAPTERS])
 def test_tokens(family: str, tmp_path: Path) -> None:
     """Sequences that come and go, contexts that grow onto another page and into another graph, past the selection's
     size, rows that are filled up: a number of the host, or of an earlier step, that is still in the graph."""
-    make_oracle(family, tmp_path, **FAMILIES[family])
-    expected, _ = generate(tmp_path, None)
+    options = {}
+    make_oracle(family.removesuffix("-adapter"), tmp_path, **FAMILIES.get(family, {}))
+    if family in ADAPTERS:
+        options = {"adapter": make_adapter(tmp_path, tmp_path / "indexers", ADAPTERS[family])}
+    expected, _ = generate(tmp_path, None, **options)
     capture = TapeCapture()
-    tokens, llm = generate(tmp_path, capture)
+    tokens, llm = generate(tmp_path, capture, **options)
     assert tokens == expected
     sizes = set(llm.engine._runner._graphs._graphs)
     assert {pages for _, pages in sizes} == {1, 2} and len({sequences for sequences, _ in sizes}) > 1

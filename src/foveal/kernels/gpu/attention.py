@@ -30,22 +30,44 @@ def accepts_latent(q_THP: Tensor, keys: KeySource, values: KeySource) -> bool:
     return not learns(q_THP, keys, values)
 
 
+def accepts_grouped(q_THP: Tensor, keys: KeySource, values: KeySource) -> bool:
+    """Plain rows of keys and values at the same places, in the queries' dtype."""
+    if (
+        not (isinstance(keys.records, Rows) and isinstance(values.records, Rows))
+        or keys.contexts is not values.contexts
+    ):
+        return False
+    k_RGP, v_RGV = keys.records.values, values.records.values
+    if learns(q_THP, keys, values):
+        return False
+    same = all(x.dim() == 3 and x.dtype == q_THP.dtype for x in (q_THP, k_RGP, v_RGV))
+    return same and q_THP.dtype in _DTYPES and max(k_RGP.shape[2], v_RGV.shape[2]) <= _MOST_NUMBERS
+
+
 def _accepts_sparse(
     q_THP: Tensor, keys: KeySource, values: KeySource, selection_TK: Tensor, queries: Queries, *, scale: float
 ) -> bool:
-    few = selection_TK.dim() == 2 and selection_TK.shape[1] <= _MOST_SELECTED
-    return selection_TK.dtype == torch.int32 and few and accepts_latent(q_THP, keys, values)
+    if selection_TK.dtype != torch.int32:
+        return False
+    if isinstance(keys.records, OneHead):
+        few = selection_TK.dim() == 2 and selection_TK.shape[1] <= _MOST_SELECTED
+        return few and accepts_latent(q_THP, keys, values)
+    return accepts_grouped(q_THP, keys, values)
 
 
 @triton_version(sparse_attention, _accepts_sparse)
 def sparse(
     q_THP: Tensor, keys: KeySource, values: KeySource, selection_TK: Tensor, queries: Queries, *, scale: float
 ) -> Tensor:
-    """`sparse_attention` for absorbed MLA. Entries that are no position of their sequence count as -1."""
-    from foveal.kernels.gpu.latent import latent_attention
-
+    """`sparse_attention`: absorbed MLA, or grouped heads. Entries that are no position of the sequence count as -1."""
     check_selection_shape(selection_TK, len(q_THP))
-    return latent_attention(q_THP, keys, values, selection_TK, queries, scale=scale).run().out_THV
+    if isinstance(keys.records, OneHead):
+        from foveal.kernels.gpu.latent import latent_attention
+
+        return latent_attention(q_THP, keys, values, selection_TK, queries, scale=scale).run().out_THV
+    from foveal.kernels.gpu.flash import selected_attention
+
+    return selected_attention(q_THP, keys, values, selection_TK, queries, scale=scale).run().out_THV
 
 
 def _accepts_dense(
@@ -63,16 +85,7 @@ def _accepts_dense(
         return False
     if isinstance(keys.records, OneHead):
         return window is None and sinks == 0 and accepts_latent(q_THP, keys, values)
-    if (
-        not (isinstance(keys.records, Rows) and isinstance(values.records, Rows))
-        or keys.contexts is not values.contexts
-    ):
-        return False
-    k_RGP, v_RGV = keys.records.values, values.records.values
-    if learns(q_THP, keys, values):
-        return False
-    same = all(x.dim() == 3 and x.dtype == q_THP.dtype for x in (q_THP, k_RGP, v_RGV))
-    return same and q_THP.dtype in _DTYPES and max(k_RGP.shape[2], v_RGV.shape[2]) <= _MOST_NUMBERS
+    return accepts_grouped(q_THP, keys, values)
 
 
 @triton_version(attention, _accepts_dense)

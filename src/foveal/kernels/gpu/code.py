@@ -1,4 +1,4 @@
-"""Device functions that several kernels share: places of rows, e4m3 by its bits, running softmax."""
+"""Device functions that several kernels share: rows and selections, e4m3 by its bits, products, running softmax."""
 
 import triton
 import triton.language as tl
@@ -99,3 +99,35 @@ def share_of(length, split, splits, BLOCK: tl.constexpr):
     chunk = tl.cdiv(tl.cdiv(length, BLOCK), splits) * BLOCK
     begin = split * chunk
     return begin, tl.minimum(begin + chunk, length)
+
+
+@triton.jit
+def entries_of(selection, K):
+    """How many entries of one query's selection count: those up to the last that is a position."""
+    BLOCK: tl.constexpr = 1024
+    k = tl.arange(0, BLOCK)
+    last = 0
+    for start in range(0, K, BLOCK):
+        entry = tl.load(selection + start + k, mask=start + k < K, other=-1)
+        last = tl.maximum(last, tl.max(tl.where(entry >= 0, start + k + 1, 0), 0))
+    return last
+
+
+@triton.jit
+def chosen_rows(rows, at, K, BLOCK: tl.constexpr):
+    """A block of one query's selected rows (-1 = none), and which of them are there."""
+    n = at + tl.arange(0, BLOCK)
+    row = tl.load(rows + n, mask=n < K, other=-1)
+    return row, row >= 0
+
+
+@triton.jit
+def product(q, k, at_M, at_N, live_M, seen_N, P: tl.constexpr, BLOCK_P: tl.constexpr):
+    """q.k of a tile of rows, float32 [M, N], a stretch of P at a time."""
+    sum_MN = tl.zeros([at_M.shape[0], at_N.shape[0]], tl.float32)
+    for start in range(0, P, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        q_MP = tl.load(q + at_M[:, None] + p[None, :], mask=live_M[:, None] & (p < P)[None, :], other=0.0)
+        k_NP = tl.load(k + at_N[:, None] + p[None, :], mask=seen_N[:, None] & (p < P)[None, :], other=0.0)
+        sum_MN = tl.dot(q_MP, tl.trans(k_NP), sum_MN, input_precision="ieee")
+    return sum_MN

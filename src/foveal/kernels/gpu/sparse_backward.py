@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foveal.kernels.gpu.code import softmax_step
+from foveal.kernels.gpu.code import chosen_rows, softmax_step
 from foveal.kernels.gpu.device import card_of
 from foveal.kernels.gpu.launch import AUTO, LOG2_E, Choice, Launch, Tiles, block_size, ceil_div
 
@@ -79,9 +79,7 @@ def backward_kernel(
     most_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total_M = tl.zeros([BLOCK_M], tl.float32)
     for at in range(0, K, BLOCK_N):
-        n = at + tl.arange(0, BLOCK_N)
-        row = tl.load(rows + token * K + n, mask=n < K, other=-1)
-        seen = row >= 0
+        row, seen = chosen_rows(rows + token * K, at, K, BLOCK_N)
         at_k = row * k_row + group * k_head
         scores = tl.dot(q1, tl.trans(load_part(keys, at_k, seen, 0, P1, BLOCK_P1)), input_precision="ieee")
         if P > P1:
@@ -97,9 +95,7 @@ def backward_kernel(
     if P > P1:
         d_q2 = tl.zeros([BLOCK_M, BLOCK_P2], tl.float32)
     for at in range(0, K, BLOCK_N):
-        n = at + tl.arange(0, BLOCK_N)
-        row = tl.load(rows + token * K + n, mask=n < K, other=-1)
-        seen = row >= 0
+        row, seen = chosen_rows(rows + token * K, at, K, BLOCK_N)
         at_k = row * k_row + group * k_head
         k1 = load_part(keys, at_k, seen, 0, P1, BLOCK_P1)
         scores = tl.dot(q1, tl.trans(k1), input_precision="ieee")

@@ -1,5 +1,6 @@
-"""The Triton versions of what training needs: the sparse backward, and the indexer's warm-up loss."""
+"""The Triton versions of what training needs: the sparse backward, and the indexer's loss, selections included."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,14 +8,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from foveal.kernels.divergence import index_divergence
+from foveal.kernels.gpu.launch import block_size
 from foveal.kernels.gpu.library import triton_version
 from foveal.kernels.keys import KeySource, Queries
-from foveal.kernels.packed import rows_of, sparse_gradients
+from foveal.kernels.packed import packed_rows, rows_of, sparse_gradients
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Tiles of this width fit into the registers and the shared memory of every card.
 _MOST_NUMBERS = 576
 _MOST_INDEX_NUMBERS = 256
+# Over a selection one program has all index heads of a query, and their gradients.
+_MOST_INDEX_QUERY = 1 << 13
 
 
 def _accepts_gradients(
@@ -48,7 +52,10 @@ def _accepts_divergence(
     scale: float,
     selection_TK: Tensor | None = None,
 ) -> bool:
-    if selection_TK is not None or keys.contexts.table_SB is not None or index_keys.contexts is not keys.contexts:
+    if keys.contexts.table_SB is not None or index_keys.contexts is not keys.contexts:
+        return False
+    heads, size = (block_size(count) for count in q_TIJ.shape[1:])
+    if selection_TK is not None and heads * size > _MOST_INDEX_QUERY:
         return False
     k_RJ, k_RGP = rows_of(index_keys), rows_of(keys)
     dtypes = k_RJ.dtype == q_TIJ.dtype and k_RGP.dtype == q_THP.dtype
@@ -69,23 +76,27 @@ def divergence(
     scale: float,
     selection_TK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`index_divergence` over all earlier keys. Index keys' gradients are summed atomically: their last bits vary.
-    Tokens of weight 0 cost as much as others here."""
+    """`index_divergence`. Index keys' gradients are summed atomically: their last bits vary. Without a selection tokens
+    of weight 0 cost as much as others."""
     from foveal.kernels.gpu.places import places
-    from foveal.kernels.gpu.warmup import Gaze
+    from foveal.kernels.gpu.sparse_divergence import selected_divergence
+    from foveal.kernels.gpu.warmup import Gaze, warmup_divergence
 
-    assert selection_TK is None
-    gaze = Gaze(q_THP.detach(), rows_of(keys).detach(), scale)
     where = places(queries, keys.contexts, len(q_TIJ), q_TIJ.device)
-    longest = max(queries.lengths, default=0)
-    learned = (q_TIJ, weights_TI, rows_of(index_keys))
-    result: Any = _Divergence.apply(*learned, token_weights_T, gaze, where, longest)
+    gaze = Gaze(q_THP.detach(), rows_of(keys).detach(), scale)
+    if selection_TK is None:
+        longest = max(queries.lengths, default=0)
+        plan = partial(warmup_divergence, gaze=gaze, token_weights_T=token_weights_T, where=where, longest=longest)
+    else:
+        rows_TK = packed_rows(selection_TK, keys, queries)
+        plan = partial(selected_divergence, gaze=gaze, token_weights_T=token_weights_T, rows_TK=rows_TK)
+    result: Any = _Divergence.apply(q_TIJ, weights_TI, rows_of(index_keys), token_weights_T, plan)
     loss, divergence_T = result
     return loss, divergence_T
 
 
 class _Divergence(torch.autograd.Function):
-    """The gradient is computed with the loss; backward only scales it."""
+    """The gradient is computed with the loss; backward only scales it. plan: from what learns to a `Divergence`."""
 
     @staticmethod
     def forward(
@@ -94,13 +105,9 @@ class _Divergence(torch.autograd.Function):
         weights_TI: Tensor,
         k_RJ: Tensor,
         token_weights_T: Tensor,
-        gaze: Any,
-        where: Any,
-        longest: int,
+        plan: Any,
     ) -> tuple[Tensor, Tensor]:
-        from foveal.kernels.gpu.warmup import warmup_divergence
-
-        result = warmup_divergence(q_TIJ, weights_TI, k_RJ, gaze, token_weights_T, where, longest).run()
+        result = plan(q_TIJ, weights_TI, k_RJ).run()
         gradients = (result.d_q_TIJ, result.d_weights_TI, result.d_k_RJ)
         learned = (q_TIJ, weights_TI, k_RJ)
         ctx.save_for_backward(*(d.to(x.dtype) for d, x in zip(gradients, learned, strict=True)))
@@ -111,4 +118,4 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return (*((gradient * d_loss).to(gradient.dtype) for gradient in ctx.saved_tensors), *[None] * 4)
+        return (*((gradient * d_loss).to(gradient.dtype) for gradient in ctx.saved_tensors), None, None)

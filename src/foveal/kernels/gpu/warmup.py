@@ -12,21 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foveal.kernels.gpu.code import LN2, softmax_step
+from foveal.kernels.gpu.code import LN2, product, softmax_step
 from foveal.kernels.gpu.launch import AUTO, LOG2_E, Argument, Choice, Launch, Tiles, block_size, ceil_div
 from foveal.kernels.gpu.places import Places
-
-
-@triton.jit
-def product(q, k, at_M, at_N, live_M, seen_N, P: tl.constexpr, BLOCK_P: tl.constexpr):
-    """q.k of a tile of rows, float32 [M, N], a stretch of P at a time."""
-    sum_MN = tl.zeros([at_M.shape[0], at_N.shape[0]], tl.float32)
-    for start in range(0, P, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        q_MP = tl.load(q + at_M[:, None] + p[None, :], mask=live_M[:, None] & (p < P)[None, :], other=0.0)
-        k_NP = tl.load(k + at_N[:, None] + p[None, :], mask=seen_N[:, None] & (p < P)[None, :], other=0.0)
-        sum_MN = tl.dot(q_MP, tl.trans(k_NP), sum_MN, input_precision="ieee")
-    return sum_MN
 
 
 @triton.jit
