@@ -7,6 +7,7 @@ import json
 import sys
 
 import torch
+from gpu_code import read_code
 from gpu_compile import compile_for
 
 from foveal.config.formats import latent_bytes
@@ -43,11 +44,11 @@ def _attentions(card: Card) -> dict[str, Launch]:
     selection_TK = torch.zeros(1, TOPK, dtype=torch.int32)
     last = Queries((0, 1), (CONTEXT - 1,))
     found = {}
-    for name, stored, chosen in (("sparse fp8", records, selection_TK), ("dense", plain, None)):
+    for name, stored, chosen in (("dense", plain, None), ("sparse fp8", records, selection_TK)):
         keys = KeySource(OneHead(stored), _PAGED)
         values = KeySource(Columns(keys.records, RANK), _PAGED)
         work = latent_attention(q_THX, keys, values, chosen, last, scale=0.1, choice=choice)
-        found[f"latent {name}"] = work.launches[0]
+        found |= {"rows": work.launches[0], f"latent {name}": work.launches[-2]}
     found["combine"] = work.launches[-1]
     rows = KeySource(Rows(torch.zeros(128, 8, 128, **_BFLOAT16)), _PAGED)
     q_THP = torch.zeros(64, 32, 128, **_BFLOAT16)
@@ -121,12 +122,15 @@ def main() -> None:
     card = Card(int(sys.argv[1]), 108)
     for name, launch in launches(card).items():
         compiled = compile_for(launch, card.capability)
+        code = read_code(compiled.cubin)
         facts = {
             "name": name,
             "shared": compiled.shared_memory,
-            "cubin": compiled.cubin[:4].hex(),
-            # Asynchronous copies of 16 bytes, in the program text.
-            "copies": compiled.ptx.count("cp.async.cg.shared.global"),
+            "registers": code.registers,
+            "spilled": code.spilled,
+            "warps": launch.warps,
+            "blocks": code.blocks(card.capability, launch.warps, compiled.shared_memory),
+            "loop": code.loop,
         }
         print(json.dumps(facts), flush=True)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from foveal.config.formats import latent_bytes
 from foveal.kernels import Columns, Contexts, KeySource, OneHead, Queries, Rows, attention, sparse_attention
+from foveal.kernels.gpu.device import Card
 from foveal.kernels.gpu.latent import latent_attention
 from foveal.kernels.gpu.launch import Choice, Tiles
 from foveal.kernels.records import LatentRecords
@@ -54,6 +55,22 @@ def test_every_key(fp8: bool, splits: int) -> None:
     q = torch.randn(5, 7, 32)
     work = latent_attention(q, keys, values, None, queries, scale=0.3, choice=Choice(SMALL, splits)).run()
     close(work.out_THV, attention(q, keys, values, queries, scale=0.3, version="reference"))
+
+
+@pytest.mark.parametrize("card", [80, 90])
+@pytest.mark.parametrize("selected", [True, False])
+def test_ways_of_cards(selected: bool, card: int) -> None:
+    """Blocks of keys that the compiler loads ahead, and scores in a branch, as cards with room get them: a block left
+    out, or another's mask."""
+    torch.manual_seed(2)
+    keys, values, queries = latents(*MIXED, 24, 8, paged=True)
+    q, selection = torch.randn(5, 7, 32), random_selection(*MIXED, 21) if selected else None
+    choice = Choice(Tiles(64, 16, 4, 2), 1, Card(card, 2))
+    work = latent_attention(q, keys, values, selection, queries, scale=0.3, choice=choice).run()
+    if selection is None:
+        close(work.out_THV, attention(q, keys, values, queries, scale=0.3, version="reference"))
+    else:
+        close(work.out_THV, sparse_attention(q, keys, values, selection, queries, scale=0.3, version="reference"))
 
 
 def test_log_sum_exp() -> None:

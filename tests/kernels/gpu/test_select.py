@@ -1,12 +1,15 @@
 """The Triton kernels of score and select, interpreted, against exact scores and a stable sort of them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from packing import make_queries, source
 from torch import Tensor
 
 from foveal.kernels import Contexts, KeySource, Queries, Rows, select
-from foveal.kernels.gpu.launch import Choice, Tiles
+from foveal.kernels.gpu.device import Card
+from foveal.kernels.gpu.launch import AUTO, Choice, Tiles
 from foveal.kernels.gpu.select import select_top
 from foveal.kernels.records import IndexKeyRecords
 
@@ -14,10 +17,17 @@ PIECE = 64
 
 
 def run(
-    q: Tensor, weights: Tensor, keys: KeySource, queries: Queries, topk: int, rows: int = 1, splits: int = 1
+    q: Tensor,
+    weights: Tensor,
+    keys: KeySource,
+    queries: Queries,
+    topk: int,
+    rows: int = 1,
+    choice: Choice = AUTO,
 ) -> Tensor:
     """Tiles of some queries and 16 keys; lists of few entries, so that they are cut often."""
-    choice = Choice(Tiles(rows, 16, 4, 1), splits)
+    splits = choice.splits or 1
+    choice = replace(choice, tiles=choice.tiles or Tiles(rows, 16, 4, 1), splits=splits)
     capacity = -(-(2 * topk + 16) // PIECE) * PIECE
     # Room for three queries' lists: more take another launch.
     launches, selection = select_top(
@@ -42,7 +52,7 @@ def test_several_sequences(paged: bool, rows: int, splits: int) -> None:
     counts, lengths = [2, 0, 5], [70, 3, 9]
     q, weights, queries = whole(7, 3, 12), whole(7, 3), make_queries(counts, lengths)
     keys = source([whole(length, 12) for length in lengths], paged)
-    result = run(q, weights, keys, queries, 7, rows, splits)
+    result = run(q, weights, keys, queries, 7, rows, Choice(splits=splits))
     assert torch.equal(result, select(q, weights, keys, queries, topk=7, version="reference"))
 
 
@@ -68,6 +78,17 @@ def test_records(stored: str) -> None:
     assert torch.equal(result, select(q, weights, keys, queries, topk=9, version="reference"))
 
 
+@pytest.mark.parametrize("card", [80, 100])
+def test_ways_of_cards(card: int) -> None:
+    """Keys that the compiler loads ahead, and scores in a branch: a block left out, or another's scores."""
+    torch.manual_seed(2)
+    lengths = [300, 40]
+    q, weights, queries = whole(7, 3, 12), whole(7, 3), make_queries([5, 2], lengths)
+    keys = source([whole(length, 12) for length in lengths], paged=True)
+    result = run(q, weights, keys, queries, 7, choice=Choice(Tiles(4, 16, 4, 2), 1, Card(card, 2)))
+    assert torch.equal(result, select(q, weights, keys, queries, topk=7, version="reference"))
+
+
 _LENGTH = 300
 SCORES = {
     "ascending": torch.arange(_LENGTH).float(),
@@ -90,7 +111,9 @@ def test_streams_longer_than_a_list(kind: str, topk: int, splits: int) -> None:
     keys = KeySource(Rows(torch.stack((scores.clamp_min(0), (-scores).clamp_min(0)), 1)), Contexts.packed([_LENGTH]))
     q, weights = torch.eye(2)[None], torch.tensor([[1.0, -1.0]])
     expected = scores.argsort(descending=True, stable=True)[:topk].sort().values.int()
-    assert torch.equal(run(q, weights, keys, Queries((0, 1), (_LENGTH - 1,)), topk, splits=splits)[0], expected)
+    assert torch.equal(
+        run(q, weights, keys, Queries((0, 1), (_LENGTH - 1,)), topk, choice=Choice(splits=splits))[0], expected
+    )
 
 
 def test_lists_do_not_grow_with_the_context() -> None:

@@ -18,19 +18,31 @@ def row_of(position, seen, start, table_row, PAGED: tl.constexpr):
 
 
 @triton.jit
-def decode_e4m3(bits):
-    """float32 of e4m3 bytes (uint8), exactly, by moving the bits into a float16: every card and the interpreter can."""
-    wide = bits.to(tl.int16)
-    half = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
-    return half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+def block_places(at, end, start, table_row, PAGED: tl.constexpr, BLOCK: tl.constexpr):
+    """Pages and places in them of positions [at, at + BLOCK), which lie within one page of 64: one load for all."""
+    n = tl.arange(0, BLOCK)
+    if PAGED:
+        page = tl.load(table_row + at // 64, mask=at < end, other=0)
+        place_N = at % 64 + n
+    else:
+        page = (start + at + n) // PAGE_SIZE
+        place_N = (start + at + n) % PAGE_SIZE
+    return page, place_N
 
 
 @triton.jit
 def e4m3_values(bits, NATIVE: tl.constexpr):
-    """float32 of e4m3 bytes, by the card's own conversion where it has one."""
+    """float32 of e4m3 bytes (uint8) in some unit, exactly, and the unit, for a factor that is there anyway.
+
+    By the card's own conversion where it has one, else by moving the bits into a float16.
+    """
     if NATIVE:
-        return bits.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    return decode_e4m3(bits)
+        values = bits.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        wide = bits.to(tl.int16)
+        half = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
+        values = half.to(tl.float16, bitcast=True).to(tl.float32)
+    return values, 1.0 if NATIVE else 256.0
 
 
 @triton.jit

@@ -40,6 +40,11 @@ class Card:
         return self.shared_memory >= 160 * 1024
 
     @property
+    def reads_shared(self) -> bool:
+        """Whether its tensor cores read operands from shared memory (H100, B200), not from registers."""
+        return self.capability // 10 in (9, 10)
+
+    @property
     def interpreted(self) -> bool:
         """Whether this is no card at all."""
         return self.capability == 0

@@ -1,9 +1,9 @@
 """Score and select: index scores and their exact top-k in one stream, without a buffer of scores.
 
 A program scores blocks of keys for a few queries over one range of the context and appends what beats the lowest
-score kept so far to a small list of (score, position), in order of position. When a list is full it is cut down to the
-top-k, which raises the bar. Then one program a query picks the top-k of all its ranges' lists. Both find the k-th
-highest score digit by digit, with histograms of whole numbers: the result does not depend on the order in which
+score kept so far to a small list of (score, position), in order of position. When a list is nearly full it is cut down
+to the top-k, which raises the bar. Then one program a query picks the top-k of all its ranges' lists. Both find the
+k-th highest score digit by digit, with histograms of whole numbers: the result does not depend on the order in which
 anything runs. Since lists stay in order of position, ties go to the lower one and the result is ascending without a
 sort.
 """
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foveal.config.formats import PAGE_SIZE
-from foveal.kernels.gpu.code import e4m3_values, row_of, share_of
+from foveal.kernels.gpu.code import block_places, e4m3_values, share_of
 from foveal.kernels.gpu.device import Card, card_of
 from foveal.kernels.gpu.launch import AUTO, Argument, Choice, Launch, Tiles, block_size, ceil_div
 from foveal.kernels.gpu.places import places
@@ -27,6 +27,8 @@ from foveal.kernels.records import IndexKeyRecords
 PIECE = 1024
 # Below every score.
 LOWEST = tl.constexpr(-(2**31))
+# A list without room for so many more blocks of keys is cut.
+ROUND = tl.constexpr(8)
 
 
 @triton.jit
@@ -86,25 +88,61 @@ def keep_highest(scores, positions, out_scores, out_positions, count, K, PIECE: 
 
 
 @triton.jit
-def index_keys(
-    values, scales, row_N, seen_N, j_J, J: tl.constexpr, STRIDE: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr
+def load_keys(
+    values,
+    scales,
+    at,
+    end,
+    start_row,
+    table_row,
+    J: tl.constexpr,
+    STRIDE: tl.constexpr,
+    KIND: tl.constexpr,
+    PAGED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_J: tl.constexpr,
 ):
-    """Index keys [N, J] of some rows as DTYPE, and their scales [N]; zeros where not `seen`."""
-    mask = seen_N[:, None] & (j_J < J)[None, :]
+    """Index keys [N, J] at positions [at, at + BLOCK_N) as they are stored, and their scales [N]; zeros from `end` on,
+    whatever is stored there."""
+    j = tl.arange(0, BLOCK_J)
+    seen_N = at + tl.arange(0, BLOCK_N) < end
+    mask = seen_N[:, None] & (j < J)[None, :]
+    page, place_N = block_places(at, end, start_row, table_row, PAGED, BLOCK_N)
     if KIND == "rows":
-        key = tl.load(values + row_N[:, None] * STRIDE + j_J[None, :], mask=mask, other=0.0).to(DTYPE)
-        scale = tl.where(seen_N, 1.0, 0.0)
+        at_N = (page * 64 + place_N) * STRIDE
+        scale_N = tl.where(seen_N, 1.0, 0.0)
     else:
-        page, place = row_N // 64, row_N % 64
-        bits = tl.load(values + page[:, None] * STRIDE + place[:, None] * J + j_J[None, :], mask=mask, other=0)
-        if KIND == "int8":
-            key = bits.to(tl.int8, bitcast=True).to(DTYPE)
-        elif tl.float8e4nv == DTYPE:
-            key = bits.to(tl.float8e4nv, bitcast=True)
+        at_N = page * STRIDE + place_N * J
+        scale_N = tl.load(scales + page * (STRIDE // 4) + 16 * J + place_N, mask=seen_N, other=0.0)
+    return tl.load(values + at_N[:, None] + j[None, :], mask=mask, other=0), scale_N
+
+
+@triton.jit
+def index_keys(stored_NJ, scale_N, KIND: tl.constexpr, DTYPE: tl.constexpr):
+    """Stored index keys as DTYPE, and their scales."""
+    if KIND == "int8":
+        stored_NJ = stored_NJ.to(tl.int8, bitcast=True)
+    elif KIND == "fp8":
+        if tl.float8e4nv == DTYPE:
+            stored_NJ = stored_NJ.to(tl.float8e4nv, bitcast=True)
         else:
-            key = e4m3_values(bits, False).to(DTYPE)
-        scale = tl.load(scales + page * (STRIDE // 4) + 16 * J + place, mask=seen_N, other=0.0)
-    return key, scale
+            stored_NJ, unit = e4m3_values(stored_NJ, False)
+            scale_N = scale_N * unit
+    return stored_NJ.to(DTYPE), scale_N
+
+
+@triton.jit
+def block_scores(q_MJ, weights_M, stored_NJ, scale_N, KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Ordered scores [N, T] of a block of stored keys."""
+    k_NJ, scale_N = index_keys(stored_NJ, scale_N, KIND, DTYPE)
+    # Keys are the rows of products, so that a thread sums up heads by itself.
+    if tl.int8 == DTYPE:
+        products = tl.dot(k_NJ, tl.trans(q_MJ), out_dtype=tl.int32).to(tl.float32)
+    else:
+        products = tl.dot(k_NJ, tl.trans(q_MJ), input_precision="ieee")
+    products = tl.maximum(products, 0.0) * weights_M[None, :]
+    scores_NT = tl.sum(tl.reshape(products, [k_NJ.shape[0], BLOCK_T, q_MJ.shape[0] // BLOCK_T]), 2)
+    return ordered(scores_NT * scale_N[:, None])
 
 
 @triton.jit
@@ -130,9 +168,10 @@ def score_kernel(
     J: tl.constexpr,
     STRIDE: tl.constexpr,
     KIND: tl.constexpr,
-    Q_BITS: tl.constexpr,
     DTYPE: tl.constexpr,
     PAGED: tl.constexpr,
+    AHEAD: tl.constexpr,
+    APART: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -140,7 +179,11 @@ def score_kernel(
     PIECE: tl.constexpr,
 ):
     """BLOCK_T queries of one sequence, of packed rows [base, base + chunk), over one range of its keys: lists of at
-    most `capacity` entries, cut down to K in the end."""
+    most `capacity` entries, the K highest among them.
+
+    AHEAD: as in `latent_kernel`. APART: scores are computed in a branch (that is always taken), without which the
+    compiler fails for SM100: it follows products to the last reduction that they reach. It does not load ahead then.
+    """
     s = tl.program_id(2).to(tl.int64)
     split = tl.program_id(1)
     first = tl.load(queries + s)
@@ -160,8 +203,6 @@ def score_kernel(
     live_M = (m // BLOCK_I < count) & (head < HEADS)
     j = tl.arange(0, BLOCK_J)
     q_MJ = tl.load(q + row_M[:, None] * J + j[None, :], mask=live_M[:, None] & (j < J)[None, :], other=0.0)
-    if Q_BITS:
-        q_MJ = e4m3_values(q_MJ, False)
     q_MJ = q_MJ.to(DTYPE)
     weights_M = tl.load(weights + row_M, mask=live_M, other=0.0)
     list_T = ((token - base + t) * splits + split) * capacity
@@ -169,32 +210,42 @@ def score_kernel(
     bar_T = tl.full([BLOCK_T], LOWEST, tl.int32)
     stop = position + count
     begin, end = share_of(stop, split, splits, BLOCK_N)
-    for at in range(begin, end, BLOCK_N):
-        n = at + tl.arange(0, BLOCK_N)
-        seen = n < end
-        row_N = row_of(n.to(tl.int64), seen, start_row, table_row, PAGED)
-        k_NJ, scale_N = index_keys(values, scales, row_N, seen, j, J, STRIDE, KIND, DTYPE)
-        if tl.int8 == DTYPE:
-            products = tl.dot(k_NJ, tl.trans(q_MJ), out_dtype=tl.int32).to(tl.float32)
-        else:
-            products = tl.dot(k_NJ, tl.trans(q_MJ), input_precision="ieee")
-        products = tl.maximum(products, 0.0) * weights_M[None, :]
-        # Keys are the rows of products, so that a thread sums up heads by itself (and SM100 compiles it at all).
-        scores_TN = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-        for own in tl.static_range(BLOCK_T):
-            own_N = tl.sum(tl.where((m // BLOCK_I == own)[None, :], products, 0.0), 1)
-            scores_TN = tl.where(t[:, None] == own, own_N[None, :], scores_TN)
-        number_TN = ordered(scores_TN * scale_N[None, :])
-        enters = seen[None, :] & (n[None, :] <= position + t[:, None]) & live_T[:, None]
-        enters = enters & (number_TN > bar_T[:, None])
-        new_T = tl.sum(enters.to(tl.int32), 1)
-        if tl.max(new_T, 0) > 0:
-            place = list_T[:, None] + kept_T[:, None] + tl.cumsum(enters.to(tl.int32), 1) - 1
-            tl.store(list_scores + place, number_TN, mask=enters)
-            tl.store(list_positions + place, tl.broadcast_to(n[None, :], [BLOCK_T, BLOCK_N]), mask=enters)
-            kept_T += new_T
-        # In the end too: written once, because it is most of the code.
-        if (tl.max(kept_T, 0) > capacity - BLOCK_N) | (at + BLOCK_N >= end):
+    at = begin
+    while at < end:
+        # So many blocks fit into every list, whatever enters: a loop without cuts, whose keys the compiler loads ahead.
+        room = (capacity - tl.max(kept_T, 0)) // BLOCK_N * BLOCK_N
+        until = tl.minimum(end, at + room)
+        if AHEAD:
+            stored, stored_N = load_keys(
+                values, scales, at, end, start_row, table_row, J, STRIDE, KIND, PAGED, BLOCK_N, BLOCK_J
+            )
+        for first_n in range(at, until, BLOCK_N):
+            n = first_n + tl.arange(0, BLOCK_N)
+            seen = n < end
+            if not AHEAD:
+                stored, stored_N = load_keys(
+                    values, scales, first_n, end, start_row, table_row, J, STRIDE, KIND, PAGED, BLOCK_N, BLOCK_J
+                )
+            if APART:
+                number_NT = tl.full([BLOCK_N, BLOCK_T], LOWEST, tl.int32)
+                if first_n < end:
+                    number_NT = block_scores(q_MJ, weights_M, stored, stored_N, KIND, DTYPE, BLOCK_T)
+            else:
+                number_NT = block_scores(q_MJ, weights_M, stored, stored_N, KIND, DTYPE, BLOCK_T)
+            if AHEAD:
+                following = first_n + BLOCK_N
+                stored, stored_N = load_keys(
+                    values, scales, following, end, start_row, table_row, J, STRIDE, KIND, PAGED, BLOCK_N, BLOCK_J
+                )
+            enters = seen[:, None] & (n[:, None] <= position + t[None, :]) & live_T[None, :]
+            enters = (enters & (number_NT > bar_T[None, :])).to(tl.int32)
+            if tl.max(tl.max(enters, 1), 0) > 0:
+                place = list_T[None, :] + kept_T[None, :] + tl.cumsum(enters, 0) - 1
+                tl.store(list_scores + place, number_NT, mask=enters > 0)
+                tl.store(list_positions + place, tl.broadcast_to(n[:, None], [BLOCK_N, BLOCK_T]), mask=enters > 0)
+                kept_T += tl.sum(enters, 0)
+        at = until
+        if (at < end) & (tl.max(kept_T, 0) > capacity - ROUND * BLOCK_N):
             kept_T, bar_T = cut_lists(list_scores, list_positions, list_T, kept_T, bar_T, K, BLOCK_T, PIECE)
     tl.store(list_counts + (token - base + t) * splits + split, kept_T, mask=live_T)
 
@@ -283,7 +334,8 @@ def select_top(
         raise ValueError(f"weights have shape {tuple(weights_TI.shape)}, queries {tuple(q_TIJ.shape)}")
     where = places(queries, keys.contexts, tokens, device)
     longest, most = max(keys.contexts.lengths, default=0), max(queries.lengths, default=0)
-    tiles = choice.tiles or tiles_for(heads, most)
+    dtype = _product_dtype(q_TIJ, keys, card)
+    tiles = choice.tiles or tiles_for(card, heads, most, stored.kind == "fp8" and dtype != tl.float8e4nv)
     programs = len(queries.positions) * ceil_div(most, tiles.rows)
     splits = choice.splits or _splits(programs, longest, topk, card)
     capacity = ceil_div(2 * topk + tiles.keys, piece) * piece
@@ -299,11 +351,11 @@ def select_top(
         "K": topk,
         "capacity": capacity,
     }
-    dtype = _product_dtype(q_TIJ, keys, card)
-    bits = q_TIJ.dtype == torch.float8_e4m3fn and dtype != tl.float8e4nv
+    if q_TIJ.dtype == torch.float8_e4m3fn and dtype != tl.float8e4nv:
+        q_TIJ = q_TIJ.to(torch.bfloat16 if dtype == tl.bfloat16 else torch.float32)
     q_TIJ, weights_TI = q_TIJ.contiguous(), weights_TI.contiguous()
     arguments: dict[str, Argument] = {
-        "q": q_TIJ.view(torch.uint8) if bits else q_TIJ,
+        "q": q_TIJ,
         "weights": weights_TI,
         "HEADS": heads,
         "chunk": chunk,
@@ -316,9 +368,10 @@ def select_top(
         "J": size,
         "STRIDE": stored.stride,
         "KIND": stored.kind,
-        "Q_BITS": bits,
         "DTYPE": dtype,
         "PAGED": where.paged,
+        "AHEAD": tiles.stages == 1,
+        "APART": _apart(card),
         "BLOCK_T": tiles.rows,
         "BLOCK_I": block_size(heads, 16 // tiles.rows),
         "BLOCK_J": block_size(size, 32),
@@ -330,15 +383,25 @@ def select_top(
         grid = (ceil_div(min(most, chunk), tiles.rows), splits, len(queries.positions))
         launches.append(Launch(score_kernel, grid, {**arguments, "base": base}, constants, tiles.warps, tiles.stages))
         merge = {**lists, "selection": selection_TK, "base": base}
-        sizes = {"BLOCK_K": block_size(topk), "PIECE": piece}
-        launches.append(Launch(merge_kernel, (min(chunk, tokens - base),), merge, sizes, warps=4))
+        sizes = {"BLOCK_K": block_size(topk), "PIECE": 2 * piece}
+        launches.append(Launch(merge_kernel, (min(chunk, tokens - base),), merge, sizes, warps=8))
     return tuple(launches), selection_TK
 
 
-def tiles_for(heads: int, most_queries: int) -> Tiles:
-    """About 64 rows of products for a decode step, 128 where queries of a sequence can share keys (docs/gpu.md)."""
-    rows = 1 if most_queries == 1 else max(1, min(8, 128 // block_size(heads)))
-    return Tiles(rows, 128, 8 if rows * block_size(heads) >= 128 else 4, 3)
+def tiles_for(card: Card, heads: int, most_queries: int, decodes: bool) -> Tiles:
+    """A page of keys and one query of a decode step, or as many as fill a product where queries of a sequence share
+    keys: several programs a multiprocessor (docs/gpu.md).
+
+    decodes: e4m3 that the card does not multiply. One stage: see AHEAD in `score_kernel`.
+    """
+    columns = 256 if card.reads_shared else 128
+    rows = 1 if most_queries == 1 else max(1, min(8, columns // block_size(heads)))
+    ahead = decodes or _apart(card)
+    return Tiles(rows, PAGE_SIZE, 4, 1 if ahead else 3 if rows == 1 else 2)
+
+
+def _apart(card: Card) -> bool:
+    return card.capability // 10 == 10
 
 
 def _splits(programs: int, longest: int, topk: int, card: Card) -> int:
