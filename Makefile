@@ -9,13 +9,14 @@ EXTRAS_lint := [lint]
 # Types and style need no compiled kernels.
 FLAGS_lint := -C wheel.cmake=false
 
-.PHONY: help demo demo-smollm2 test lint format emulated clean
+.PHONY: help demo demo-smollm2 test cuda lint format emulated clean
 .SECONDARY:
 
 help:
 	@echo "make demo    install into $(VENV), and let the model inside the package write and find a passkey"
 	@echo "make demo-smollm2  the same for SmolLM2-135M, which is downloaded: it answers a question"
 	@echo "make test    install and run the tests"
+	@echo "make cuda    install and run the tests that need a GPU"
 	@echo "make lint    install and run ruff, mypy and import-linter"
 	@echo "make format  let ruff format and fix the sources"
 	@echo "make emulated  test the AVX-512 and AMX kernels in software, on a machine without them (needs the headers of SIMDe 0.8.2 or newer)"
@@ -30,6 +31,9 @@ demo-smollm2: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+cuda: $(VENV)/.installed-test
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m cuda
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

@@ -1,4 +1,9 @@
-"""Steps on a GPU that is not there: shapes alone are computed, and whatever would make the host wait is an error."""
+"""Steps on a GPU that is not there: shapes alone are computed, and whatever would make the host wait is an error.
+
+Its tensors are torch's meta tensors, which have no numbers, and say that they are on the GPU: all of Python believes it
+and goes the ways that it would go on a card, while torch's own code (autograd among it) asks no driver for anything.
+What is on the host has numbers.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,111 +13,157 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import _engine_run_backward
+from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from foveal.kernels.gpu.device import card_of
 from foveal.nn import rope
 
 DEVICE = torch.device("cuda", 0)
+_HOST, _NOWHERE = torch.device("cpu"), torch.device("meta")
 
 
 class Waits(TorchDispatchMode):
-    """Counts what goes to the device and what comes back; AssertionError for a copy that the host would wait for.
+    """Counts what goes to the device and what comes back; AssertionError for a copy that the host would wait for, and
+    for operands on both sides.
 
-    What reads a number from the device (`item`, `nonzero`, indexing by truth values) is refused by torch's fake tensors
-    themselves: they have none.
+    What reads a number from the device (`item`, `nonzero`) is refused by meta tensors themselves: they have none.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.sent, self.fetched = 0, 0
-        self._pinned: list[Tensor] = []
+        self.pinned: list[Tensor] = []
+        self.patient = False
+        """The host may wait: numbers may be read, and are all 1."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "aten":
-            with self:  # an operation that is made of others: these are looked at
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+        with self:  # an operation that is made of others: these are looked at
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
         name = func.overloadpacket.__name__
-        if name == "_pin_memory":
-            self._pinned.append(torch.empty_like(args[0]))
-            return self._pinned[-1]
-        if name == "_local_scalar_dense" and args[0].device.type == "cpu":
-            return 0  # of a copy on the host
         if name in ("_to_copy", "copy_"):
-            self._copied(name, args, kwargs)
-        if name in ("index", "index_put_", "index_put"):
-            _check_indices(args[0], args[1])
+            return self._copy(func, args, kwargs)
+        if name in ("index", "index_put_", "index_put", "_index_put_impl_"):
+            _check_indices(args[1])
+        sides = {x.is_meta for x in _operands(*args, *kwargs.values()) if x.dim()}
+        assert len(sides) < 2, f"{name} of tensors on the device and on the host"
         return func(*args, **kwargs)
 
-    def _copied(self, name: str, args: Any, kwargs: Any) -> None:
-        source = args[1] if name == "copy_" else args[0]
-        target = args[0].device if name == "copy_" else torch.device(kwargs.get("device") or source.device)
-        if target.type == source.device.type:
-            return
-        if target.type == "cpu":
+    def _copy(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A copy into another tensor (args: to, from, whether without waiting) or into a new one."""
+        source = args[1] if len(args) > 1 else args[0]
+        there = args[0].is_meta if len(args) > 1 else torch.device(kwargs.get("device") or source.device) != _HOST
+        if there == source.is_meta:
+            return func(*args, **kwargs)
+        if not there:
             self.fetched += 1
-            return
-        waits_not = kwargs.get("non_blocking", False) or (name == "copy_" and args[2:] == (True,))
+            return torch.ones(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+        waits_not = kwargs.get("non_blocking", False) or args[2:] == (True,) or self.patient
         assert waits_not, f"a copy of {tuple(source.shape)} to the device that the host waits for"
-        assert any(source is one for one in self._pinned), "what is sent without waiting must be pinned"
+        assert self.patient or source.data_ptr() in {x.data_ptr() for x in self.pinned}, (
+            "what is sent without waiting must be pinned"
+        )
         self.sent += 1
+        return func(*args, **kwargs)
 
 
-class Bindings(TorchFunctionMode):
-    """What torch's own bindings ask the device's driver for, even of fake tensors, by operations."""
+def _operands(*arguments: Any) -> Iterator[Tensor]:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, list | tuple):
+            yield from _operands(*argument)
+
+
+def _check_indices(indices: Any) -> None:
+    for one in indices:
+        if one is not None and any(other is not None and other.is_meta for other in indices):
+            assert one.is_meta, "an index that has to be sent first"
+            assert one.dtype != torch.bool, "truth values have to be counted by the host"
+
+
+class Elsewhere(TorchFunctionMode):
+    """Python's view of it: `DEVICE` where torch sees its meta device."""
+
+    def __init__(self, waits: Waits) -> None:
+        super().__init__()
+        self._waits = waits
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__getitem__:
-            viewed, tensors = _basic(args[0], args[1])
-            return torch.ops.aten.index(viewed, tensors) if tensors else viewed
-        if func is Tensor.__setitem__:
-            viewed, tensors = _basic(args[0], args[1])
-            if tensors:
-                assert isinstance(args[2], Tensor), "a number that has to be sent first"
-                return torch.ops.aten.index_put_(viewed, tensors, args[2])
-            number = not isinstance(args[2], Tensor)
-            return viewed.fill_(args[2]) if number else torch.ops.aten.copy_(viewed, args[2])
-        if func is Tensor.__invert__:
-            return torch.bitwise_not(args[0])
-        if func is Tensor.copy_:
-            return torch.ops.aten.copy_(*args, (kwargs or {}).get("non_blocking", False))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is torch.device:
+            return func(*args, **kwargs)
+        if func == Tensor.device.__get__:
+            device = func(*args)
+            return DEVICE if device == _NOWHERE else device
+        if func == Tensor.is_cuda.__get__:
+            return args[0].is_meta
+        if func is Tensor.pin_memory:
+            self._waits.pinned.append(args[0].clone())
+            return self._waits.pinned[-1]
+        if func is Tensor.tolist and args[0].is_meta:
+            return args[0].cpu().tolist()
+        if func in _READERS and args[0].is_meta and self._waits.patient:
+            return func(args[0].cpu())
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            _check_key(*args)
+        if func is Tensor.backward:
+            with self:  # so that what is written in Python runs within, too
+                one = (torch.ones_like(args[0]),)
+                return _engine_run_backward(args, one, False, False, (), allow_unreachable=True, accumulate_grad=True)
+        if func is scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        device = kwargs.get("device")
+        if func is torch.tensor and device is not None and torch.device(device).type == "cuda":
+            return func(*args, **kwargs | {"device": "cpu"}).to(_NOWHERE)
+        return func(*map(_seen_by_torch, args), **{name: _seen_by_torch(value) for name, value in kwargs.items()})
 
 
-def _basic(x: Tensor, index: Any) -> tuple[Tensor, list[Tensor | None]]:
-    """x with everything of the index applied but its tensors, and these, by dimension."""
-    parts = index if isinstance(index, tuple) else (index,)
-    taken = sum(part is not None and part is not ... for part in parts)
-    tensors: list[Tensor | None] = []
-    dim = 0
-    for part in parts:
-        assert not isinstance(part, list), "a list that has to be sent first"
-        if part is ...:
-            dim += x.dim() - dim - (taken - dim)
-            continue
-        if isinstance(part, int):
-            x = torch.ops.aten.select(x, dim, part)
-            continue
-        if part is None:
-            x = x.unsqueeze(dim)
-        elif isinstance(part, slice):
-            x = torch.ops.aten.slice(x, dim, part.start, part.stop, part.step or 1)
-        else:
-            tensors += [None] * (dim - len(tensors)) + [part]
-        dim += 1
-    return x, tensors
+_READERS = (Tensor.item, Tensor.__bool__, Tensor.__int__, Tensor.__float__)
 
 
-def _check_indices(values: Tensor, indices: Any) -> None:
-    for one in indices:
-        if one is not None and values.device.type == "cuda":
-            assert one.device.type == "cuda", "an index that has to be sent first"
-            assert one.dtype != torch.bool, "truth values have to be counted by the host"
+def _seen_by_torch(value: Any) -> Any:
+    named = isinstance(value, str) and value.startswith("cuda")
+    return _NOWHERE if named or (isinstance(value, torch.device) and value.type == "cuda") else value
+
+
+def _check_key(x: Tensor, key: Any, value: Any = None) -> None:
+    """What the bindings would send to the device on their own."""
+    if not x.is_meta:
+        return
+    parts = key if isinstance(key, tuple) else (key,)
+    assert not any(isinstance(part, list) for part in parts), "a list that has to be sent first"
+    picks = [part for part in parts if isinstance(part, Tensor)]
+    assert all(part.is_meta for part in picks), "an index that has to be sent first"
+    assert not picks or value is None or isinstance(value, Tensor), "a number that has to be sent first"
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention`. On the device and without a mask (which kernels give for a tile at a time) one of
+    its kernels must take the operands whose memory is linear: see
+    aten/src/ATen/native/transformers/cuda/sdp_utils.cpp."""
+    if q.is_meta and attn_mask is None:
+        width = q.shape[-1]
+        assert width == v.shape[-1] and width % 8 == 0, f"heads of {width} and {v.shape[-1]} numbers"
+        flash = q.dtype in (torch.bfloat16, torch.float16) and width <= 256
+        assert flash or (q.dtype != torch.float64 and not enable_gqa), f"groups of heads in {q.dtype}, {width} wide"
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return (q @ k.mT * scale).softmax(-1) @ v
 
 
 @contextmanager
@@ -124,11 +175,13 @@ def device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]
             cached.cache_clear()
 
     forget()
+    # It compares devices that are looked up within torch's code with those looked up here.
+    monkeypatch.setitem(checkpoint._allowed_determinism_checks_to_fns, "default", lambda x: None)
     monkeypatch.setattr("foveal.kernels.gpu.launch.Launch.run", lambda launch: None)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     try:
-        with Bindings(), FakeTensorMode(), Waits() as waits:
+        with Waits() as waits, Elsewhere(waits):
             yield waits
     finally:
         forget()

@@ -36,6 +36,48 @@ def test_trains_and_says_what_it_wrote(run: Any, recipe: Path) -> None:
     assert run("generate", written["written"][0], "Once", "--max-tokens", "3").code == 0
 
 
+def test_the_cpu_is_the_default(run: Any, recipe: Path) -> None:
+    """A run that goes elsewhere unasked, or another way where the device is said."""
+    results = []
+    for output, device in (("default", ()), ("said", ("--device", "cpu"))):
+        assert run("train", str(recipe), "--set", f"run.output={recipe.parent / output}", *device).code == 0
+        folder = recipe.parent / output
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        losses = [(line.get("loss"), line.get("gradient_norm"), line.get("held_out_loss")) for line in lines]
+        results.append((losses, (folder / "model" / "model.safetensors").read_bytes()))
+    assert results[0] == results[1] and len(results[0][0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cuda", "device 'cuda' was asked for, but this machine has no usable CUDA device"),
+        ("cuda:1", "device 'cuda:1' was asked for, but this machine has no usable CUDA device"),
+        ("gpu", "device 'gpu' is not one that torch knows"),
+        ("meta", "device 'meta' is not supported (only cpu and cuda)"),
+    ],
+)
+def test_devices_that_are_not_there(
+    run: Any, recipe: Path, device: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A traceback, or a run that quietly goes elsewhere."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = run("train", str(recipe), "--device", device)
+    assert result.code == 2 and message in result.err and result.err.count("\n") == 1, result
+    assert not (recipe.parent / "run").exists()
+
+
+def test_a_gpu_for_several_processes(run: Any, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of torchrun's processes on one GPU."""
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "2" if name != "LOCAL_RANK" else "0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    result = run("train", str(recipe), "--device", "cuda:1")
+    assert (result.code, result.out) == (2, "")
+    assert result.err == "foveal: device 'cuda:1' is one GPU, but torchrun gives every process its own: say cuda\n"
+
+
 def test_explains_every_key(run: Any, tmp_path: Path) -> None:
     """A key without a meaning, or an explanation that is no recipe once its gaps are filled."""
     result = run("train", "--explain")

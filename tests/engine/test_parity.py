@@ -1,4 +1,5 @@
-"""Every family against transformers on random tiny checkpoints: logits, and greedy tokens however scheduled."""
+"""Every family against transformers on random tiny checkpoints: logits, and greedy tokens however scheduled. Ours on
+the CPU and, where there is one, on a GPU (`make cuda`); transformers on the CPU."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -61,22 +62,22 @@ def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
     return float((result - expected).abs().max() / expected.abs().max())
 
 
-def test_logits(oracle: tuple[Path, Any]) -> None:
+def test_logits(oracle: tuple[Path, Any], device: str) -> None:
     """Any difference in a layer, a rope, a norm, a router, or the selection."""
     folder, model = oracle
     ids = torch.randint(3, VOCAB, (2, LENGTH))
     model(ids[:, :1])
-    ours = load_model(folder, dtype="float32")
+    ours = load_model(folder, dtype="float32", device=device)
     with torch.no_grad():
         expected = logits(model, ids)
-        assert relative_error(ours(ids), expected) < 1e-4
+        assert relative_error(ours(ids.to(device)).cpu(), expected) < 1e-4
         for module in ours.modules():
             if isinstance(module, MLA):
                 module.form = "expanded" if module.form == "absorbed" else "absorbed"
-        assert relative_error(ours(ids), expected) < 1e-4
+        assert relative_error(ours(ids.to(device)).cpu(), expected) < 1e-4
 
 
-def test_bfloat16(oracle: tuple[Path, Any]) -> None:
+def test_bfloat16(oracle: tuple[Path, Any], device: str) -> None:
     """Something rounded to 16 bits that transformers keeps wide: a decay, a state, a norm around one."""
     folder, model = oracle
     if "linear_attention" not in getattr(model.config, "layer_types", ()):
@@ -84,7 +85,7 @@ def test_bfloat16(oracle: tuple[Path, Any]) -> None:
     ids = torch.randint(3, VOCAB, (2, LENGTH))
     with torch.no_grad():
         exact, theirs = model(ids).logits, deepcopy(model).bfloat16()(ids).logits.float()
-        ours = load_model(folder, dtype="bfloat16")(ids)
+        ours = load_model(folder, dtype="bfloat16", device=device)(ids.to(device)).cpu()
     # Either may be the better one by a half, by where a router falls.
     assert (ours - exact).norm() < 2 * (theirs - exact).norm()
 
@@ -109,8 +110,8 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 }
 
 
-def llm(folder: Path, **options: Any) -> LLM:
-    return LLM(folder, dtype="float32", skip_tokenizer_init=True, max_model_len=160, **options)
+def llm(folder: Path, device: str, **options: Any) -> LLM:
+    return LLM(folder, dtype="float32", device=device, skip_tokenizer_init=True, max_model_len=160, **options)
 
 
 def plan_of(model: LLM) -> CachePlan:
@@ -133,52 +134,52 @@ def generate(model: LLM, several: list[list[int]]) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in outputs]
 
 
-def test_greedy_tokens(oracle: tuple[Path, Any]) -> None:
-    """The cache, the batch or the schedule changing what is generated."""
+def test_greedy_tokens(oracle: tuple[Path, Any], device: str) -> None:
+    """The cache, the batch or the schedule changing what is generated; on a GPU also graphs, but for "eager"."""
     folder, model = oracle
     expected = [greedy(model, prompt) for prompt in prompts()]
     for name, options in SCHEDULES.items():
-        assert generate(llm(folder, **options), prompts()) == expected, name
+        assert generate(llm(folder, device, **options), prompts()) == expected, name
 
 
-def test_prefix_hits_happen(oracle: tuple[Path, Any]) -> None:
+def test_prefix_hits_happen(oracle: tuple[Path, Any], device: str) -> None:
     """The schedule named "prefix hits" having none; a recurrent layer needs a snapshot for one."""
     folder, _ = oracle
-    model = llm(folder, max_num_seqs=1)
+    model = llm(folder, device, max_num_seqs=1)
     generate(model, prompts())
     assert model.usage.prefix_hit_tokens > 0
     assert (model.usage.snapshots > 0) == plan_of(model).has_slots
 
 
 @pytest.mark.parametrize("caching", [True, False])
-def test_memory_is_that_of_the_plan(oracle: tuple[Path, Any], caching: bool) -> None:
+def test_memory_is_that_of_the_plan(oracle: tuple[Path, Any], caching: bool, device: str) -> None:
     """Tensors of another size than `foveal plan` says."""
     folder, _ = oracle
     cost = cache_cost(read_config(folder), cache_dtypes("float32"))
     planned = cost.engine_bytes(3, 160) - (0 if caching else 3 * cost.snapshot_bytes)
-    assert allocated(llm(folder, max_num_seqs=3, enable_prefix_caching=caching)) == planned
+    assert allocated(llm(folder, device, max_num_seqs=3, enable_prefix_caching=caching)) == planned
 
 
-def test_preemption(oracle: tuple[Path, Any]) -> None:
+def test_preemption(oracle: tuple[Path, Any], device: str) -> None:
     """A preempted sequence going on from what it no longer has."""
     folder, model = oracle
     several = [(prompt * 2)[:122] for prompt in prompts()[:3]]
-    plan = plan_of(llm(folder))
+    plan = plan_of(llm(folder, device))
     # Each prompt takes two pages, and a third before it ends: four are enough for two prompts, but not for both ends.
     # Behind a window a prompt soon keeps only one. One page more is the null page.
     memory = plan.page_bytes * (4 if plan.window else 5) + plan.slot_bytes * 5
     expected = [greedy(model, prompt) for prompt in several]
     for options in ({"enable_prefix_caching": False}, {}) if plan.has_slots else ({"enable_prefix_caching": False},):
-        tight = llm(folder, max_num_seqs=4, kv_cache_memory=memory, **options)
+        tight = llm(folder, device, max_num_seqs=4, kv_cache_memory=memory, **options)
         assert generate(tight, several) == expected
         # What keeps nothing for each token never runs out of it.
         assert (tight.engine.preemptions > 0) == plan.has_pages
 
 
-def test_fork(oracle: tuple[Path, Any]) -> None:
+def test_fork(oracle: tuple[Path, Any], device: str) -> None:
     """Several completions of one prompt writing into each other's pages or states."""
     folder, model = oracle
     expected = greedy(model, prompts()[0])
     params = SamplingParams(n=3, temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
-    outputs = llm(folder).generate({"prompt_token_ids": prompts()[0]}, params)[0].outputs
+    outputs = llm(folder, device).generate({"prompt_token_ids": prompts()[0]}, params)[0].outputs
     assert [output.token_ids for output in outputs] == [expected] * 3

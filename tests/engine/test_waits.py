@@ -1,12 +1,14 @@
 """A step on a GPU makes the host wait once, for its tokens; on a device that is not there (`waiting`)."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
-from oracle import FAMILIES
+from oracle import FAMILIES, make_oracle
 from waiting import DEVICE, device_that_is_not_there, on_device
 
-from foveal import SamplingParams
+from foveal import LLM, SamplingParams
 from foveal.cache import CacheManager
 from foveal.cache.store import CacheStore, plan_cache
 from foveal.config import ModelConfig, read_config
@@ -75,3 +77,33 @@ def test_a_decode_step(family: str, graphs: bool, monkeypatch: pytest.MonkeyPatc
         Sampler([2]).sample(logits_LV, [chunk.sequence for chunk in chunks])
         assert waits.fetched == 1
     assert sent == ([0] if graphs else [])
+
+
+class NoCapture:
+    """`Capture` that captures nothing, and asks no driver for a pool."""
+
+    def __init__(self, device: torch.device) -> None: ...
+
+    def __call__(self, work: Work) -> Work:
+        """See `Capture`."""
+        return work
+
+
+@pytest.mark.parametrize("family", ["mistral", "deepseek_v32", "jamba"])
+def test_requests(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From `LLM` to answers, chunks, forks and prefix hits among them: a tensor of the host in the middle, which would
+    fail on a card. Here the host may wait."""
+    make_oracle(family, tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (1 << 30, 1 << 30))
+    monkeypatch.setattr("foveal.engine.llm.CudaCapture", NoCapture)
+    prompt = [*range(3, 93)]
+    params = SamplingParams(n=2, temperature=0, max_tokens=3, ignore_eos=True, logprobs=2)
+    with device_that_is_not_there(monkeypatch) as waits:
+        waits.patient = True
+        options = {"dtype": "float32", "device": DEVICE, "skip_tokenizer_init": True}
+        llm = LLM(tmp_path, max_model_len=160, max_num_batched_tokens=50, **options)
+        for _ in range(2):
+            outputs = llm.generate([{"prompt_token_ids": ids} for ids in (prompt, prompt[:20])], params)
+            assert [len(one.token_ids) for output in outputs for one in output.outputs] == [3] * 4, outputs
+    assert llm.usage.prefix_hit_tokens > 0

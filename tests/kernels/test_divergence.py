@@ -21,6 +21,7 @@ def make(case: str, selects: bool, dtype: torch.dtype = torch.float64):
     q, k = torch.randn(sum(counts), 6, 7, dtype=dtype), torch.randn(sum(lengths), 2, 7, dtype=dtype)
     contexts, queries = Contexts.packed(lengths), make_queries(counts, lengths)
     weights = torch.rand(sum(counts), dtype=dtype)
+    weights[1::3] = 0
     selection = random_selection(counts, lengths, 6) if selects else None
 
     def run(q_TIJ: Tensor, weights_TI: Tensor, k_RJ: Tensor, version: str = "tiled"):
@@ -47,6 +48,19 @@ def test_reference(case: str, selects: bool, monkeypatch: pytest.MonkeyPatch) ->
     gradients, wanted = (torch.autograd.grad(3 * x, learned) for x in (loss, expected_loss))
     for mine, theirs in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("selects", [False, True])
+def test_all_are_asked(selects: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU: a token of weight 0 that counts, or that has a divergence."""
+    learned, run = make("prefill", selects)
+    results = []
+    for asked in (module._asked, lambda weights_T: torch.arange(len(weights_T))):
+        monkeypatch.setattr(module, "_asked", asked)
+        loss, divergence = run(*learned)
+        results.append((loss, divergence, *torch.autograd.grad(loss, learned)))
+    assert not results[0][1].all()
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("selects", [False, True])

@@ -1,5 +1,7 @@
 """Experts and recurrences against their references."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from packing import close, make_queries
@@ -32,6 +34,35 @@ def test_experts_gradients() -> None:
         grads.append(torch.autograd.grad((out**2).sum(), (x, gate_up, down, weights)))
     for result, expected in zip(grads[1], grads[0], strict=True):
         assert torch.allclose(result, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_experts_at_once(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The version for GPUs, whose products torch also has for the CPU: a group that begins at another's rows, an expert
+    that nobody chose; a gradient lost on the way."""
+    version = experts._versions["grouped"]
+    monkeypatch.setitem(experts._versions, "grouped", replace(version, devices=("cpu",)))
+    x, gate_up, down = (torch.randn(*shape).bfloat16() for shape in ((tokens, 8), (6, 32, 8), (6, 8, 16)))
+    weights = torch.rand(tokens, 3)
+    chosen = torch.stack([torch.randperm(5)[:3] for _ in range(tokens)])  # nobody chooses the sixth
+    upstream = torch.randn(tokens, 8)
+    results = []
+    for name, dtype in (("grouped", torch.bfloat16), ("reference", torch.float64)):
+        inputs = [one.to(dtype).requires_grad_() for one in (x, gate_up, down)] + [weights.clone().requires_grad_()]
+        out = experts(inputs[0], inputs[3], chosen, inputs[1], inputs[2], silu, version=name)
+        results.append([out, *torch.autograd.grad(out, inputs, upstream.to(out))])
+    for mine, exact in zip(*results, strict=True):
+        assert (mine - exact).norm() < 0.01 * exact.norm()
+
+
+def test_what_is_not_taken_at_once() -> None:
+    """Rows that torch's product would refuse."""
+    chosen = torch.zeros(2, 1, dtype=torch.int64)
+    accepts = experts._versions["grouped"].accepts
+    assert accepts is not None
+    for width, dtype, taken in ((16, torch.bfloat16, True), (12, torch.bfloat16, False), (16, torch.float32, False)):
+        x, gate_up, down = (torch.zeros(*shape, dtype=dtype) for shape in ((2, width), (3, 32, width), (3, width, 16)))
+        assert accepts(x, torch.ones(2, 1), chosen, gate_up, down, silu) == taken
 
 
 @pytest.mark.parametrize("lengths", [[1], [1, 1, 1], [5, 1, 9, 9], [4, 7]])

@@ -4,8 +4,9 @@ import pytest
 import torch
 from packing import CASES, make_queries, random_selection
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
-from foveal.kernels import Columns, Contexts, KeySource, OneHead, Queries, Rows, attention, sparse_attention
+from foveal.kernels import Columns, Contexts, KeySource, OneHead, Queries, Rows, attention, packed, sparse_attention
 
 
 def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -39,6 +40,21 @@ def test_dense(case: str, window: int | None, widths: tuple[int, int]) -> None:
     ]
     torch.testing.assert_close(*outs, rtol=1e-9, atol=1e-11)
     same_gradients(*outs, [q, k, v])
+
+
+@pytest.mark.parametrize("widths", [(8, 8), (8, 5), (300, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_as_gpus_want_it(dtype: torch.dtype, widths: tuple[int, int]) -> None:
+    """A head that reads another group's keys, or padding that is not left out again."""
+    q, k, v = (torch.randn(9, *shape, dtype=dtype) for shape in ((6, widths[0]), (2, widths[0]), (2, widths[1])))
+    outs = []
+    for gpu in (False, True):
+        parts = [x.transpose(0, 1)[None] for x in packed._as_fused(q, k, v, gpu=gpu)]
+        out = scaled_dot_product_attention(*parts, is_causal=True, scale=0.3, enable_gqa=parts[1].shape[1] == 2)
+        outs.append(out[..., : widths[1]].float())
+    assert parts[0].shape[-1] % 8 == 0
+    assert parts[1].shape[1] == (2 if dtype == torch.bfloat16 and widths[0] < 256 else 6)
+    torch.testing.assert_close(*outs, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("case", CASES)

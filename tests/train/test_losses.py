@@ -24,7 +24,7 @@ def decoder() -> Decoder:
 
 def test_next_token(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tile counted twice, or a gradient that misses the head or the tokens' weights."""
-    monkeypatch.setattr(losses, "TILE_LOGITS", 7 * decoder.config.vocab_size)
+    monkeypatch.setitem(losses.TILE_LOGITS, "cpu", 7 * decoder.config.vocab_size)
     x = torch.randn(40, decoder.config.hidden_size, dtype=torch.float64, requires_grad=True)
     targets, weights = torch.randint(decoder.config.vocab_size, (40,)), torch.rand(40, dtype=torch.float64)
     parameters = [x, decoder.norm.weight, decoder.embed_tokens.weight]

@@ -103,7 +103,7 @@ def test_a_gradient_that_is_not_finite() -> None:
     decoder.norm.weight.grad = torch.full_like(decoder.norm.weight, torch.nan)
     before = decoder.norm.weight.clone()
     with pytest.raises(FloatingPointError, match="step 3"):
-        learner.update(3)
+        learner.update(3, {})
     assert torch.equal(before, decoder.norm.weight)
 
 

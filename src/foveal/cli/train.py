@@ -19,6 +19,12 @@ def train(
     merge: Annotated[
         bool, typer.Option("--merge", help="Write indexers into the model (deepseek_v32), not as an adapter.")
     ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="cpu or cuda, cuda:1, ... (default: cpu; under torchrun CUDA, where there is any)", show_default=False
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object about the result.")] = False,
 ) -> None:
     """Train a model, or the indexers that make one sparse.
@@ -39,7 +45,7 @@ def train(
     from foveal.train.trainer import Trainer
 
     settings = read_recipe(recipe, Recipe, overrides or ())
-    parallel = join(settings.parallel)
+    parallel = join(settings.parallel, device)
     try:
         trainer = Trainer(settings, parallel)
         written = trainer.train(merge=merge)

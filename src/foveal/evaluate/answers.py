@@ -11,6 +11,7 @@ from foveal.evaluate.estimate import Estimate, of_values
 from foveal.evaluate.perplexity import TILE_LOGITS, Advance
 from foveal.evaluate.prefill import Prefill
 from foveal.evaluate.tasks import Sample, Setting, Task
+from foveal.kernels.transfer import upload
 from foveal.models.decoder import Decoder
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -123,7 +124,7 @@ def _foreseen(prefill: Prefill, ids: Sequence[int], start: int) -> bool:
     id."""
     rows = max(1, TILE_LOGITS // prefill.decoder.config.vocab_size)
     for positions, x_LD in prefill.run(ids[:-1], start - 1):
-        wanted_L = torch.tensor(ids[positions.start + 1 : positions.stop + 1], device=x_LD.device)
+        wanted_L = upload(ids[positions.start + 1 : positions.stop + 1], x_LD.device)
         for x_tD, wanted_t in zip(x_LD.split(rows), wanted_L.split(rows), strict=True):
             if (prefill.decoder.head(x_tD).argmax(-1) != wanted_t).any():
                 return False

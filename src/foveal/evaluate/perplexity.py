@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from foveal.evaluate.estimate import Estimate, of_groups
 from foveal.evaluate.prefill import Prefill
 from foveal.evaluate.text import Window
+from foveal.kernels.transfer import upload
 from foveal.models.decoder import Decoder
 
 # Logits of one tile of rows: never those of all positions.
@@ -73,7 +74,7 @@ def token_losses(prefill: Prefill, ids: Sequence[int], first: int = 1) -> Tensor
     assert first >= 1
     losses = []
     for positions, x_LD in prefill.run(ids[:-1], first - 1):
-        targets_L = torch.tensor(ids[positions.start + 1 : positions.stop + 1], device=x_LD.device)
+        targets_L = upload(ids[positions.start + 1 : positions.stop + 1], x_LD.device)
         losses.append(row_losses(prefill.decoder, x_LD, targets_L))
     return torch.cat(losses).cpu()
 

@@ -12,6 +12,7 @@ from foveal.kernels.dense import widened
 from foveal.kernels.dispatch import operation
 from foveal.kernels.keys import KeySource, Queries
 from foveal.kernels.packed import gather_tiles, packed_rows, rows_of
+from foveal.kernels.transfer import send
 
 # Scores of one tile: queries x heads (attention's or the indexer's, whichever are more) x keys.
 TILE_SCORES = 1 << 21
@@ -75,20 +76,22 @@ class _Target:
 
     def tiles(self, asked_A: Tensor, heads: int, width: int) -> Iterator[tuple[Tensor, Tensor | slice, Tensor]]:
         """(queries, packed rows that they see, bool: which of these they do not): rows are a slice that all share, or
-        int64 [t, K]. asked_A: the queries that count, ascending; `heads` and `width` say how large an indexer's scores
-        and a row of its keys are."""
+        int64 [t, K]. asked_A: the queries that count, ascending, on the CPU; `heads` and `width` say how large an
+        indexer's scores and a row of its keys are."""
+        device = self.q_THP.device
         if self.rows_TK is not None:
-            for part, rows_tK, missing_tK in gather_tiles(self.rows_TK[asked_A], self.k_RGP[0].numel() + width):
-                yield asked_A[part], rows_tK, missing_tK
+            rows_A = send(asked_A, device)
+            for part, rows_tK, missing_tK in gather_tiles(self.rows_TK[rows_A], self.k_RGP[0].numel() + width):
+                yield rows_A[part], rows_tK, missing_tK
             return
         most = TILE_SCORES // max(heads, self.q_THP.shape[1])
         for s, (row, count, first) in enumerate(self.queries):
             own_t = asked_A[(asked_A >= row) & (asked_A < row + count)]
             for asked_t in own_t.split(max(1, most // (first + count))) if len(own_t) else ():
-                position_t = asked_t + (first - row)
-                seen = int(position_t[-1]) + 1
-                hidden_tN = torch.arange(seen, device=asked_t.device) > position_t[:, None]
-                yield asked_t, slice(self.starts[s], self.starts[s] + seen), hidden_tN
+                seen = int(asked_t[-1]) + first - row + 1
+                rows_t = send(asked_t, device)
+                hidden_tN = torch.arange(seen, device=device) > rows_t[:, None] + (first - row)
+                yield rows_t, slice(self.starts[s], self.starts[s] + seen), hidden_tN
 
 
 @index_divergence.add("tiled", differentiable=True)
@@ -131,7 +134,7 @@ class _Divergence(torch.autograd.Function):
         q_TIJ, weights_TI, k_RJ = (x.to(widest) for x in learned)
         d_q_TIJ, d_weights_TI, d_k_RJ = (torch.zeros_like(x) for x in (q_TIJ, weights_TI, k_RJ))
         divergence_T = weights_TI.new_zeros(len(q_TIJ))
-        for rows_t, places, hidden_tN in target.tiles(token_weights_T.nonzero()[:, 0], *q_TIJ.shape[1:]):
+        for rows_t, places, hidden_tN in target.tiles(_asked(token_weights_T), *q_TIJ.shape[1:]):
             k_NJ, q_tIJ, weights_tI = k_RJ[places], q_TIJ[rows_t], weights_TI[rows_t]
             p_tN = attention_shares(target.q_THP[rows_t], target.k_RGP[places], target.scale, hidden_tN).to(widest)
             products_tIN = (q_tIJ @ k_NJ.mT).relu_()
@@ -148,6 +151,7 @@ class _Divergence(torch.autograd.Function):
                 d_k_RJ.index_add_(0, places.flatten(), (gated_tIN.mT @ weighed_tIJ).flatten(0, 1))
         gradients = (d_q_TIJ, d_weights_TI, d_k_RJ)
         ctx.save_for_backward(*(d.to(x.dtype) for d, x in zip(gradients, learned, strict=True)))
+        divergence_T.masked_fill_(token_weights_T == 0, 0.0)
         ctx.mark_non_differentiable(divergence_T)
         return (divergence_T * token_weights_T).sum(), divergence_T
 
@@ -155,6 +159,11 @@ class _Divergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         return (*((gradient * d_loss).to(gradient.dtype) for gradient in ctx.saved_tensors), None, None)
+
+
+def _asked(token_weights_T: Tensor) -> Tensor:
+    """int64, on the CPU: the queries that count. With a GPU all do, for the host would wait to know which."""
+    return torch.arange(len(token_weights_T)) if token_weights_T.is_cuda else token_weights_T.nonzero()[:, 0]
 
 
 def attention_shares(q_tHP: Tensor, k_NGP: Tensor, scale: float, hidden_tN: Tensor) -> Tensor:

@@ -12,7 +12,11 @@ from foveal.kernels.dense import attention, widened
 from foveal.kernels.dispatch import operation
 from foveal.kernels.flash import flash_attention
 from foveal.kernels.keys import KeySource, Queries
-from foveal.kernels.sparse import TILE_GATHER, check_selection, sparse_attention
+from foveal.kernels.sparse import check_selection, gathered_queries, sparse_attention
+from foveal.kernels.transfer import upload
+
+# The widest heads that torch's FlashAttention takes on a GPU.
+FLASH_WIDTH = 256
 
 
 def rows_of(source: KeySource) -> Tensor:
@@ -70,14 +74,21 @@ def _attention_recomputed(
 
 
 def _whole(q_NHP: Tensor, k_NGP: Tensor, v_NGV: Tensor, scale: float) -> Tensor:
-    """A sequence that is all queries, by torch's fused attention, which wants values as wide as keys."""
-    width = max(k_NGP.shape[-1], v_NGV.shape[-1])
-    q, k, v = (
-        (x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1]))).transpose(0, 1)[None]
-        for x in (q_NHP, k_NGP, v_NGV)
-    )
+    """A sequence that is all queries, by torch's fused attention."""
+    q, k, v = (x.transpose(0, 1)[None] for x in _as_fused(q_NHP, k_NGP, v_NGV, gpu=q_NHP.is_cuda))
     out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out[0].transpose(0, 1)[..., : v_NGV.shape[-1]]
+
+
+def _as_fused(q_NHP: Tensor, k_NGP: Tensor, v_NGV: Tensor, *, gpu: bool) -> tuple[Tensor, ...]:
+    """As torch's fused kernels want them: values as wide as keys; on a GPU widths in eights, and groups of heads for
+    FlashAttention alone. For anything else torch would quietly keep the scores of all pairs."""
+    width = max(k_NGP.shape[-1], v_NGV.shape[-1])
+    if gpu:
+        width = -(-width // 8) * 8
+        if q_NHP.dtype not in (torch.bfloat16, torch.float16) or width > FLASH_WIDTH:
+            k_NGP, v_NGV = (x.repeat_interleave(q_NHP.shape[1] // x.shape[1], 1) for x in (k_NGP, v_NGV))
+    return tuple(x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in (q_NHP, k_NGP, v_NGV))
 
 
 def _accepts_sparse(
@@ -103,16 +114,14 @@ def _sparse_recomputed(
 
 def packed_rows(selection_TK: Tensor, keys: KeySource, queries: Queries) -> Tensor:
     """int64 [T, K]: the packed rows of selected positions; -1 stays."""
-    starts_S = torch.tensor(keys.contexts.starts, device=selection_TK.device)
-    counts_S = torch.tensor(queries.lengths, device=selection_TK.device)
-    start_T1 = starts_S.repeat_interleave(counts_S)[:, None]
-    return torch.where(selection_TK < 0, -1, selection_TK + start_T1)
+    device = selection_TK.device
+    start_T = upload(keys.contexts.starts, device).index_select(0, queries.sequence_on(device))
+    return torch.where(selection_TK < 0, -1, selection_TK + start_T[:, None])
 
 
 def gather_tiles(rows_TK: Tensor, width: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(queries, their rows with -1 as 0, where they were -1), so many queries that their gathered rows of `width`
-    numbers stay in the cache."""
-    tile = max(1, TILE_GATHER // max(1, rows_TK.shape[1] * width))
+    """(queries, their rows with -1 as 0, where they were -1), a tile of queries at a time (see `gathered_queries`)."""
+    tile = gathered_queries(rows_TK, width)
     for lower in range(0, len(rows_TK), tile):
         rows_tK = rows_TK[lower : lower + tile]
         yield slice(lower, lower + len(rows_tK)), rows_tK.clamp_min(0), rows_tK < 0

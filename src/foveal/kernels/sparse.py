@@ -7,8 +7,11 @@ from foveal.kernels.dense import softmax_attention, widened
 from foveal.kernels.dispatch import operation
 from foveal.kernels.keys import Columns, KeySource, Queries
 
-# Numbers gathered for one tile of queries; more would spill out of the cache between the gather and the product.
-TILE_GATHER = 1 << 19
+# Numbers gathered for one tile of queries: on a CPU more would spill out of the cache between the gather and the
+# product; a GPU has enough to do with these, and they are 128 MiB in float32.
+TILE_GATHER = {"cpu": 1 << 19, "cuda": 1 << 25}
+# And at most so many queries: of grids, one side may have 65535 blocks.
+TILE_QUERIES = 1 << 12
 
 
 @operation(differentiable=True)
@@ -43,7 +46,7 @@ def _sparse_gathered(
     q_THP: Tensor, keys: KeySource, values: KeySource, selection_TK: Tensor, queries: Queries, *, scale: float
 ) -> Tensor:
     check_selection(selection_TK, keys, queries)
-    tile = max(1, TILE_GATHER // (selection_TK.shape[1] * q_THP.shape[-1]))
+    tile = gathered_queries(selection_TK, q_THP.shape[-1])
     parts = []
     for s, (row, count, _) in enumerate(queries):
         for lower in range(row, row + count, tile):
@@ -74,6 +77,12 @@ def _sparse_tile(
     mask_X1K = (nothing_t1 | ~missing_tK).repeat_interleave(groups, 0)[:, None]
     out_XQV = softmax_attention(q_XQP, k_XKP, v_XKV, mask_X1K, scale)
     return out_XQV.unflatten(0, (count, groups)).flatten(1, 2).masked_fill(nothing_t1[:, None], 0.0)
+
+
+def gathered_queries(selection_TK: Tensor, width: int) -> int:
+    """How many queries make a tile, whose selected rows of `width` numbers are gathered together."""
+    most = TILE_GATHER[selection_TK.device.type] // max(1, selection_TK.shape[1] * width)
+    return max(1, min(most, TILE_QUERIES))
 
 
 def check_selection_shape(selection_TK: Tensor, queries: int) -> None:

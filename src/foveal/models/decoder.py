@@ -108,7 +108,7 @@ class Decoder(nn.Module):
         else:
             for index, layer in enumerate(self.layers):
                 if self.options.checkpoint_activations and torch.is_grad_enabled():
-                    x_TD = checkpoint(_layer_again, layer, x_TD, step, step.selection_TK, use_reentrant=False)
+                    x_TD = _again(layer, x_TD, step)
                 else:
                     x_TD = layer(x_TD, step, cache.layers[index] if cache else None)
         return x_TD, step.collected
@@ -166,6 +166,13 @@ class Decoder(nn.Module):
         """The rounded copy of the embeddings, where they serve as the head."""
         if self.config.tied_embeddings:
             self._packed_head = quantise_weight(self.embed_tokens.weight, quantization)
+
+
+def _again(layer: nn.Module, x_TD: Tensor, step: Step) -> Tensor:
+    """A layer of which the input alone is kept: the backward pass computes it again. Nothing in it is random."""
+    given = layer, x_TD, step, step.selection_TK
+    out_TD: Tensor = checkpoint(_layer_again, *given, use_reentrant=False, preserve_rng_state=False)
+    return out_TD
 
 
 def _layer_again(layer: nn.Module, x_TD: Tensor, step: Step, selection_TK: Tensor | None) -> Tensor:

@@ -57,7 +57,7 @@ def load_model(
     setting for a part that the model does not have, a config that is not supported, tensors that are damaged, missing,
     unexpected or mis-shaped, an adapter of another model, or too little memory.
     """
-    target = _device(device)
+    target = usable_device(device)
     indexers = None if adapter is None else resolve_adapter(adapter)
     checkpoint = open_checkpoint(path, indexers, streaming)
     options = Options(_dtype(dtype, checkpoint), dtype_name(index_dtype), mla_form)
@@ -143,7 +143,8 @@ def _check_options(options: Options, config: ModelConfig) -> None:
         raise ValueError(f"mla_form {options.mla_form!r} is for latent attention, which {config.family} does not have")
 
 
-def _device(wanted: str | torch.device) -> torch.device:
+def usable_device(wanted: str | torch.device) -> torch.device:
+    """The device of this name. ValueError unless it is one that models run on, and this machine has it."""
     try:
         device = torch.device(wanted)
     except (RuntimeError, TypeError) as error:
@@ -152,6 +153,9 @@ def _device(wanted: str | torch.device) -> torch.device:
         raise ValueError(f"device {str(wanted)!r} is not supported (only cpu and cuda)")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(wanted)!r} was asked for, but this machine has no usable CUDA device")
+    if device.index and device.type == "cuda" and device.index >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise ValueError(f"device {str(wanted)!r} was asked for, but this machine's last CUDA device is cuda:{last}")
     return device
 
 

@@ -58,15 +58,22 @@ class Batch:
 
     @staticmethod
     def packed(
-        ids: Tensor | Sequence[Tensor], *, collect: frozenset[str] = frozenset(), dense: bool = False
+        ids: Tensor | Sequence[Tensor],
+        *,
+        collect: frozenset[str] = frozenset(),
+        dense: bool = False,
+        device: torch.device | str | None = None,
     ) -> "Batch":
-        """Whole sequences without a cache: int64 [S, N], or a list of int64 [N]."""
+        """Whole sequences without a cache: int64 [S, N], or a list of int64 [N]. `device`: where they are sent, from
+        the CPU, without waiting; None: they stay where they are."""
         sequences = list(ids)
         lengths = tuple(len(sequence) for sequence in sequences)
-        device = sequences[0].device
-        positions = [torch.arange(length, device=device) for length in lengths]
+        positions = [torch.arange(length, device=sequences[0].device) for length in lengths]
         offsets = tuple(accumulate(lengths, initial=0))
-        return Batch(torch.cat(sequences), torch.cat(positions), offsets, lengths, collect=collect, dense=dense)
+        ids_T, positions_T = (
+            whole if device is None else send(whole, device) for whole in (torch.cat(sequences), torch.cat(positions))
+        )
+        return Batch(ids_T, positions_T, offsets, lengths, collect=collect, dense=dense)
 
     @staticmethod
     def paged(

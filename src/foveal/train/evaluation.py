@@ -14,6 +14,7 @@ from foveal.evaluate.perplexity import row_losses
 from foveal.evaluate.recall import over_layers, selection_quality
 from foveal.evaluate.tasks import PASSKEY, Setting
 from foveal.evaluate.text import Window
+from foveal.kernels.transfer import send
 from foveal.models.decoder import Decoder
 from foveal.nn.batch import Batch
 from foveal.train.data import Corpus, Feed, TrainingBatch
@@ -112,24 +113,24 @@ class Evaluator:
 
     def _loss(self, dense: bool) -> float:
         parallel = self._parallel
-        total = torch.zeros(2, dtype=torch.float64)
+        total = torch.zeros(2, dtype=torch.float64, device=parallel.device)
         for number, batch in enumerate(self._rows(parallel.data_rank, parallel.data_ranks)):
             sums = parallel.forward(partial(self._sums, batch, dense))
             # What is one too many keeps the processes together, and does not count.
             if number * parallel.data_ranks + parallel.data_rank < self._wanted_rows:
-                total += torch.tensor(sums, dtype=torch.float64)
+                total += sums
         loss, weight = parallel.total(total).tolist()
         return float(loss / weight)
 
-    def _sums(self, batch: TrainingBatch, dense: bool) -> tuple[float, float]:
-        """Of this process's tokens: the weighted losses, and the weights."""
+    def _sums(self, batch: TrainingBatch, dense: bool) -> Tensor:
+        """float64 [2], of this process's tokens: the sums of the weighted losses, and of the weights."""
         device = self._parallel.device
-        packed = Batch.packed([ids.to(device) for ids in batch.sequences], dense=dense)
+        packed = Batch.packed(batch.sequences, dense=dense, device=device)
         own, rows_t = self._parallel.share(packed)
-        weights_T = torch.cat(target_weights(batch)).to(device)[rows_t]
+        weights_T = send(torch.cat(target_weights(batch)), device)[rows_t]
         x_TD, _ = self._decoder.trunk(own)
         losses_T = row_losses(self._decoder, x_TD, packed.ids_T.roll(-1)[rows_t])
-        return float((losses_T * weights_T).sum()), float(weights_T.sum())
+        return torch.stack(((losses_T * weights_T).sum(), weights_T.sum())).double()
 
     def _sample(self, prompt: str) -> str:
         """The prompt's likeliest continuation. Every process computes it; the leading one's word counts, so that none
@@ -143,5 +144,5 @@ class Evaluator:
         return str(self._tokenizer.decode(ids))
 
     def _following(self, ids: list[int]) -> Tensor:
-        x_TD, _ = self._decoder.trunk(Batch.packed([torch.tensor(ids, device=self._parallel.device)]))
+        x_TD, _ = self._decoder.trunk(Batch.packed([torch.tensor(ids)], device=self._parallel.device))
         return self._decoder.head(x_TD[-1:]).argmax()

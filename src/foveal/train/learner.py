@@ -1,6 +1,7 @@
 """The parameters that a stage teaches, and how they are updated."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -65,8 +66,9 @@ class Learner:
             optimizers.append(torch.optim.AdamW(adamw, betas=(0.9, stage.beta2), eps=1e-10))
         return optimizers
 
-    def update(self, step: int) -> dict[str, float]:
-        """One update from the gradients that were collected, which are then forgotten. What to log."""
+    def update(self, step: int, losses: Mapping[str, Tensor]) -> dict[str, float]:
+        """One update from the gradients that were collected, which are then forgotten. What to log, `losses` (scalars
+        on the device) among it: here, once, the host waits for all that the device had to do."""
         stage = self.stage
         scale = learning_rate_scale(
             *(stage.schedule, step, stage.steps),
@@ -76,16 +78,18 @@ class Learner:
         )
         parameters = self._masters.take_gradients()
         norm = self._parallel.clip(parameters, stage.clip or float("inf"))
-        if not norm.isfinite():
+        values = _read({**losses, "gradient_norm": norm})
+        if not math.isfinite(values["gradient_norm"]):
             raise FloatingPointError(
-                f"the gradient at step {step} of this {stage.kind} stage is {float(norm)}: try a lower learning_rate"
+                f"the gradient at step {step} of this {stage.kind} stage is {values['gradient_norm']}: "
+                "try a lower learning_rate"
             )
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["highest"] * scale
             optimizer.step()
         self._masters.give_back()
-        return {"gradient_norm": float(norm), "learning_rate": stage.learning_rate * scale}
+        return {**values, "learning_rate": stage.learning_rate * scale}
 
     def tensors(self) -> dict[str, Tensor]:
         """What the optimisers remember, for a checkpoint; the tensors themselves, to be overwritten by one."""
@@ -108,11 +112,16 @@ class Learner:
                         optimizer.state[parameter] = dict(_first_state(optimizer, parameter))
 
 
+def _read(scalars: Mapping[str, Tensor]) -> dict[str, float]:
+    """The numbers, by one copy from the device."""
+    return dict(zip(scalars, torch.stack([x.double() for x in scalars.values()]).tolist(), strict=True))
+
+
 def _first_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
     if isinstance(optimizer, Muon):
         yield "momentum", torch.zeros_like(parameter)
         return
-    yield "step", torch.tensor(0.0)
+    yield "step", torch.tensor(0.0)  # on the CPU whatever the device, as torch has it: it becomes part of a factor
     yield "exp_avg", torch.zeros_like(parameter)
     yield "exp_avg_sq", torch.zeros_like(parameter)
 

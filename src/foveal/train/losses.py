@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import one_hot
 
 from foveal.config.model import RouterConfig
 from foveal.kernels import index_divergence
 from foveal.kernels.dense import widened
+from foveal.kernels.moe import count_choices
 from foveal.models.decoder import Decoder
 from foveal.nn.moe import Router
 from foveal.nn.watch import Sight
 
-# Logits of one tile.
-TILE_LOGITS = 1 << 22
+# Logits of one tile: on a GPU 256 MiB in float32, so that each reading of the head's weight serves hundreds of tokens.
+TILE_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 Compare = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 """From the logits [t, V] (at least float32) of some tokens to each token's loss, [t], and its gradient by them."""
@@ -69,7 +69,7 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, token_weights_T: Tensor, compare: Compare) -> Tensor:
         loss = widened(x_TD.new_zeros(()))
         d_x_TD, d_weight_VD = torch.empty_like(x_TD), torch.zeros_like(widened(weight_VD))
-        tile = max(1, TILE_LOGITS // len(weight_VD))
+        tile = max(1, TILE_LOGITS[x_TD.device.type] // len(weight_VD))
         for lower in range(0, len(x_TD), tile):
             rows = slice(lower, min(lower + tile, len(x_TD)))
             loss_t, d_logits_tV = compare(widened(x_TD[rows] @ weight_VD.T), rows)
@@ -127,7 +127,7 @@ def balance_loss(logits_TE: Tensor, per_token: int, offsets: tuple[int, ...], co
     experts, best_TA = scores_TE.shape[1], scores_TE.topk(per_token, -1).indices
     total = scores_TE.new_zeros(())
     for start, stop in pairwise(offsets):
-        used_E = one_hot(best_TA[start:stop], experts).sum((0, 1)) * (experts / (per_token * (stop - start)))
+        used_E = count_choices(best_TA[start:stop], experts) * (experts / (per_token * (stop - start)))
         total = total + (used_E * scores_TE[start:stop].sum(0)).sum()
     return total
 

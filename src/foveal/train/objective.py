@@ -1,6 +1,5 @@
 """What a stage minimises: from a batch to gradients and figures."""
 
-from collections import Counter
 from dataclasses import replace
 from functools import partial
 
@@ -8,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from foveal.kernels.moe import count_choices
+from foveal.kernels.transfer import send
 from foveal.models.decoder import Decoder
 from foveal.models.load import load_model
 from foveal.nn.batch import Batch
@@ -36,24 +37,25 @@ class Objective:
         self._routers = list(routers(decoder))
         self._used: list[Tensor] = []
         """Tokens of each expert in this update, by router."""
-        self._teacher = _teacher(stage.teacher, decoder).to(parallel.device)
+        self._teacher = _teacher(stage.teacher, decoder, parallel.device)
 
-    def accumulate(self, batch: TrainingBatch, rows: int) -> dict[str, float]:
+    def accumulate(self, batch: TrainingBatch, rows: int) -> dict[str, Tensor]:
         """Add the gradients of a batch, computed `rows` rows at a time; its losses, as means over the batch of all
-        processes."""
+        processes: float64 scalars on the device, which nobody has waited for."""
         parallel = self._parallel
         own = [sum(len(ids) for ids in batch.sequences), sum(float(weights.sum()) for weights in target_weights(batch))]
         tokens, targets = parallel.total_of_data(torch.tensor(own, dtype=torch.float64)).tolist()
         if not targets:
             raise ValueError("a batch has no token to learn from: every loss weight is 0")
         self._used = []
-        sums: Counter[str] = Counter()
+        sums: dict[str, Tensor] = {}
         for micro in batch.split(rows):
             losses = parallel.forward(partial(self._losses, micro, tokens, targets))
             torch.stack(list(losses.values())).sum().backward()
-            sums.update({name: float(loss.detach()) for name, loss in losses.items()})
-        totals = parallel.total(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
-        return dict(zip(sums, totals, strict=True))
+            for name, loss in losses.items():
+                sums[name] = sums.get(name, 0.0) + loss.detach().double()
+        totals = parallel.total(torch.stack(list(sums.values())))
+        return dict(zip(sums, totals.unbind(), strict=True))
 
     def balance(self) -> None:
         """Move the routers' biases by how the update's tokens were spread. Once an update."""
@@ -65,15 +67,17 @@ class Objective:
         """Each loss by name: this part of the mean over all `tokens`, or over `targets`, the sum of their weights."""
         stage, kind = self._stage, self._kind
         collect = frozenset({"experts", "router"} if self._learns_base else ())
-        device = self._parallel.device
-        packed = Batch.packed([ids.to(device) for ids in batch.sequences], collect=collect, dense=kind.dense)
+        device, sequences = self._parallel.device, batch.sequences
+        packed = Batch.packed(sequences, collect=collect, dense=kind.dense, device=device)
         own, rows_t = self._parallel.share(packed)
-        indexed = kind.index and self._decoder.config.index_topk is not None
-        watch = IndexLoss(compared(own.ids_T, stage.index_share) / tokens) if indexed else None
+        watch = None
+        if kind.index and self._decoder.config.index_topk is not None:
+            compared_T = compared(torch.cat(sequences), stage.index_share)
+            watch = IndexLoss(send(compared_T, device)[rows_t] / tokens)
         x_TD, collected = self._decoder.trunk(own, watch=watch)
         losses: dict[str, Tensor] = {}
         if self._learns_base:
-            weights_T = torch.cat(target_weights(batch)).to(device)[rows_t] / targets
+            weights_T = send(torch.cat(target_weights(batch)), device)[rows_t] / targets
             # What follows a sequence's last token is another sequence's first: it has weight 0.
             following_T = pad(packed.ids_T[1:], (0, 1))[rows_t]
             losses["loss"] = head_loss(self._decoder, x_TD, weights_T, self._compare(own, following_T))
@@ -100,10 +104,7 @@ class Objective:
     ) -> dict[str, Tensor]:
         """The routers' own losses; counts which experts were used. `offsets`: of the whole sequences, of which this
         process may have a part only."""
-        used = [
-            torch.bincount(chosen_TA.flatten(), minlength=x.shape[1])
-            for chosen_TA, x in zip(chosen, logits, strict=True)
-        ]
+        used = [count_choices(chosen_TA, x.shape[1]) for chosen_TA, x in zip(chosen, logits, strict=True)]
         self._used = [a + b for a, b in zip(self._used, used, strict=True)] if self._used else used
         stage, losses = self._stage, {}
         if logits and stage.balance_weight:
@@ -128,17 +129,18 @@ def target_weights(batch: TrainingBatch) -> list[Tensor]:
 
 def compared(ids_T: Tensor, share: float) -> Tensor:
     """How much each token's selection counts in the indexers' loss, float32 [T]: 0 but for a random `share` of them,
-    which count the more, so that the mean stays. The same ids give the same draw: a run that is resumed repeats it."""
+    which count the more, so that the mean stays. The same ids give the same draw: a run that is resumed repeats it. All
+    on the CPU, so that every device draws alike."""
     dice = torch.Generator().manual_seed(int(ids_T.sum()))
     drawn_T = torch.rand(len(ids_T), generator=dice) < share
-    return drawn_T.to(ids_T.device, torch.float32) / share
+    return drawn_T.float() / share
 
 
-def _teacher(name: str | None, decoder: Decoder) -> Decoder:
+def _teacher(name: str | None, decoder: Decoder, device: torch.device) -> Decoder:
     """The model to learn from: this one, unless another is named."""
     if name is None:
         return decoder
-    teacher = load_model(name, dtype=decoder.options.dtype).requires_grad_(False)
+    teacher = load_model(name, dtype=decoder.options.dtype, device=device).requires_grad_(False)
     sizes = teacher.config.vocab_size, decoder.config.vocab_size
     if sizes[0] != sizes[1]:
         raise ValueError(f"teacher = {name!r} has {sizes[0]} tokens, and the model {sizes[1]}")

@@ -70,7 +70,10 @@ class Muon(torch.optim.Optimizer):
         """Each parameter that has a gradient, and its Nesterov momentum."""
         for parameter in group["params"]:
             if parameter.grad is not None:
-                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                momentum = state["momentum"]
                 momentum.lerp_(parameter.grad, 1 - group["momentum"])
                 yield parameter, parameter.grad.lerp(momentum, group["momentum"])
 

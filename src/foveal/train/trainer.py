@@ -135,8 +135,7 @@ class Trainer:
         saved = time.monotonic()
         for step in range(progress.step, stage.steps):
             start = time.monotonic()
-            values = objective.accumulate(next(feed), rows)
-            values |= learner.update(step)
+            values = learner.update(step, objective.accumulate(next(feed), rows))
             objective.balance()
             seconds = time.monotonic() - start
             progress.step = step + 1

@@ -24,7 +24,10 @@ def test_the_preferred_versions_on_cuda() -> None:
     chosen = {operation.name: operation.chosen("cuda") for operation in kernels.operations()}
     assert {name for name, version in chosen.items() if version == "triton"} == _OPERATIONS
     assert all(operation.chosen("cpu") != "triton" for operation in kernels.operations())
-    assert kernels.attention.chosen("cuda", gradients=True) == "recomputed"
+    learning = {"attention": "recomputed", "sparse_attention": "recomputed", "experts": "grouped"}
+    learning |= {"index_divergence": "triton"}
+    known = {operation.name: operation for operation in kernels.operations()}
+    assert {name: known[name].chosen("cuda", gradients=True) for name in learning} == learning
 
 
 def test_a_forced_version_says_where_it_runs() -> None:

@@ -31,10 +31,14 @@ class Parallel:
     """Which part of a step's rows this process computes, of how many."""
     contexts = 1
     """Processes over which the tokens of each row are spread."""
-    device = torch.device("cpu")
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        """`device`: where this process has its part of the model, and computes."""
+        self.device = torch.device(device)
 
     def shard(self, decoder: Decoder) -> None:
         """Leave each process its part of the weights, on its device."""
+        decoder.to(self.device)
 
     def forward(self, run: Callable[[], Result]) -> Result:
         """run(), during which the weights of the module that computes are whole; backward may follow."""

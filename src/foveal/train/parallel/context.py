@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from foveal.kernels.transfer import send
 from foveal.nn.batch import Batch, Gathered
 from foveal.train.parallel.collectives import gather_rows
 
@@ -28,7 +29,7 @@ def share_context(batch: Batch, group: dist.ProcessGroup) -> tuple[Batch, Tensor
     for r, rows_t in enumerate(rows):
         place_N[rows_t] = r * most + torch.arange(len(rows_t))
     device = batch.ids_T.device
-    mine_T, place_N = rows[rank].to(device), place_N.to(device)
+    mine_T, place_N = send(rows[rank], device), send(place_N, device)
     pieces = [piece for start, stop in spans[rank] for piece in _pieces(start, stop, batch.q_offsets)]
     own = replace(
         batch,

@@ -32,7 +32,8 @@ class Together(Parallel):
     """
 
     def __init__(self, device: torch.device, *, expert: int, context: int) -> None:
-        self.device, self.ranks = device, dist.get_world_size()
+        super().__init__(device)
+        self.ranks = dist.get_world_size()
         self.leads = dist.get_rank() == 0
         self._world = init_device_mesh(device.type, (self.ranks,), mesh_dim_names=("world",))
         self._experts = init_device_mesh(device.type, (self.ranks // expert, expert), mesh_dim_names=("efsdp", "ep"))
