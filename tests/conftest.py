@@ -9,7 +9,7 @@ import pytest
 # Before torch loads: pytest-xdist already runs a process a core, and more threads only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Triton's interpreter runs the GPU kernels on the CPU. `make cuda`, the tests on a card, switches it off, and so do tests
+# Triton's interpreter runs the GPU kernels on the CPU. `make cuda`, the tests on a card, switches it off; so do tests
 # of what is compiled for a card and run by the PTX machine (tests/kernels/gpu/conftest.py). Read when Triton is
 # imported, which parts of torch do.
 if "FOVEAL_TEST_CARD" in os.environ:

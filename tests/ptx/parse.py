@@ -44,7 +44,8 @@ class Program:
 
 _PARAMETER = re.compile(r"\.param .*?(\w+),?$")
 _REGISTERS = re.compile(r"\.reg \.(\w+)\s+(%\w+)<(\d+)>;")
-_LOCAL = re.compile(r"\.reg \.pred\s+(\w+);|([a-z]\w*):$")
+_LOCAL = re.compile(r"\.reg \.pred\s+(\w+);")
+_LOCAL_LABEL = re.compile(r"([a-z]\w*):$")
 _SOURCE = re.compile(r"\.loc.*//\s*(\S+?):(\d+):\d+")
 _INSTRUCTION = re.compile(r"(?:@(!?%\w+)\s+)?([a-z][\w.:]*)\s*(.*);$")
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
@@ -54,8 +55,8 @@ def parse(text: str) -> Program:
     """The only kernel of a text. ValueError for what is none."""
     instructions: list[Instruction] = []
     labels, registers, parameters, threads, where, depth = {}, {}, [], 0, "", 0
-    # Names of a block in braces, and what they are called here.
-    local: dict[str, str] = {}
+    # The block in braces, which may have labels and a predicate of its own.
+    block, predicate = 0, ""
     for line in (line.strip() for line in text.splitlines()):
         if match := _SOURCE.match(line):
             where = f"{match[1]}:{match[2]}"
@@ -69,28 +70,26 @@ def parse(text: str) -> Program:
         elif line.startswith("$"):
             labels[line.rstrip(":")] = len(instructions)
         elif line in ("{", "}"):
-            depth, local = depth + (1 if line == "{" else -1), {}
+            depth, block, predicate = depth + (1 if line == "{" else -1), block + 1, ""
             if depth == 0:
                 break
         elif match := _LOCAL.match(line):
-            if match[1]:
-                registers["%local"] = "pred", 1
-                local[match[1]] = "%local0"
-            else:
-                local[match[2]] = f"${match[2]}{len(instructions)}"
-                labels[local[match[2]]] = len(instructions)
+            registers["%local"], predicate = ("pred", 1), match[1]
+        elif match := _LOCAL_LABEL.match(line):
+            labels[f"{match[1]} of block {block}"] = len(instructions)
         elif depth and line and not line.startswith("."):
-            for name, own in local.items():
-                line = re.sub(rf"\b{name}\b", own, line)
-            instructions.append(_instruction(line, where))
+            line = re.sub(rf"\b{predicate}\b", "%local0", line) if predicate else line
+            instructions.append(_instruction(line, where, block))
     return Program(tuple(instructions), labels, registers, tuple(parameters), threads)
 
 
-def _instruction(line: str, where: str) -> Instruction:
+def _instruction(line: str, where: str, block: int) -> Instruction:
     match = _INSTRUCTION.match(line)
     if match is None:
         raise ValueError(f"no instruction: {line}")
     guard, opcode, operands = match.groups()
+    if opcode.startswith("bra") and not operands.startswith("$"):
+        return Instruction(opcode, (f"{operands} of block {block}",), guard, where)
     return Instruction(opcode, tuple(map(_operand, _OPERAND.findall(operands))), guard, where)
 
 

@@ -29,11 +29,25 @@ class TensorMemory:
 
     words: NDArray[np.uint32]
     started: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
-    """By program."""
+    """By program, in order."""
     phases: dict[tuple[int, int], int] = field(default_factory=dict)
     """By program and address of a barrier how often it was reached."""
-    committed: dict[tuple[int, int], list[list[Callable[[], None]]]] = field(default_factory=dict)
-    """What is to be done before each barrier is reached, once and again."""
+    committed: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+    """How many products of the program are to be done before each barrier is reached, once and again."""
+    done: dict[int, int] = field(default_factory=dict)
+    """By program how many of them are."""
+
+    def commit(self, program: int, at: int) -> None:
+        """A barrier is reached once all that the program has started is done."""
+        self.committed.setdefault((program, at), []).append(len(self.started.get(program, [])))
+
+    def reach(self, program: int, at: int) -> None:
+        """Do, in their order, what a barrier still waits for: this is the last moment."""
+        count = self.committed[program, at].pop(0)
+        for finish in self.started.get(program, [])[self.done.get(program, 0) : count]:
+            finish()
+        self.done[program] = max(count, self.done.get(program, 0))
+        self.phases[program, at] += 1
 
 
 def step_of(instruction: Instruction) -> Step | None:
@@ -113,7 +127,7 @@ def _commit(instruction: Instruction) -> Step:
     def commit(threads: Threads) -> None:
         memory = _memory(threads)
         for program, at in places(threads):
-            memory.committed.setdefault((program, at), []).append(memory.started.pop(program, []))
+            memory.commit(program, at)
 
     return commit
 
@@ -131,9 +145,7 @@ def _wait(instruction: Instruction) -> Step:
             if place not in memory.phases:
                 raise Fault("someone waits at a barrier that is none")
             while memory.phases[place] % 2 == old and memory.committed.get(place):
-                for finish in memory.committed[place].pop(0):
-                    finish()
-                memory.phases[place] += 1
+                memory.reach(*place)
             done[thread] = memory.phases[place] % 2 != old
         threads.stalled = threads.active & ~done
         write(threads, done)
@@ -228,9 +240,10 @@ class _Product:
         self.memory.started.setdefault(self.program, []).append(lambda: self._finish(before))
 
     def _finish(self, before: tuple[Matrix64, Matrix64]) -> None:
-        a_MK, b_NK = now = self.operands()
-        if not all(np.array_equal(x, y, equal_nan=True) for x, y in zip(now, before, strict=True)):
-            raise Fault("a matrix of a product has changed before it was waited for")
+        a_MK, b_NK = self.operands()
+        for which, now, old in zip("AB", (a_MK, b_NK), before, strict=True):
+            if not np.array_equal(now, old, equal_nan=True):
+                raise Fault(f"{which} of a product has changed before it was waited for")
         sums = self.memory.words.view(np.float32)[self.program]
         place = np.ix_(self.shape.lanes(self.place >> 16), (self.place & 0xFFFF) + np.arange(self.shape.columns))
         sums[place] = a_MK @ b_NK.T + (sums[place] if self.adds else 0)

@@ -239,7 +239,10 @@ def tiles_for(card: Card, latents: Latents, rows: int, itemsize: int) -> Tiles:
     tile = min(64 if card.roomy else 32, block_size(rows))
     if not latents.fp8:
         return Tiles(tile, 32, 8, 2)
-    return Tiles(tile, 64, 8, 2) if tile == 64 and card.reads_shared else Tiles(tile, 32, 8, 1)
+    if tile < 64 or not card.reads_shared:
+        return Tiles(tile, 32, 8, 1)
+    # With two stages Triton 3.7 for SM100 decodes the second block over the first, which a product still reads.
+    return Tiles(tile, 64, 8, 1 if card.capability >= 100 else 2)
 
 
 def latent_attention(
