@@ -9,23 +9,28 @@ from torch import Tensor
 from ptx import collective, scalar, warpgroup
 from ptx.memory import Fault, Flags, Region
 from ptx.numbers import Lanes
-from ptx.parse import Instruction, Program, parse
+from ptx.parse import Instruction, Program, parse, registers_of
 from ptx.scalar import Step
-from ptx.threads import WARP, Threads, address, source, spread
+from ptx.threads import WARP, Shared, Threads, address, source, spread
 
 # Threads that run in step: more cost memory, fewer time.
 _TOGETHER = 1 << 13
+# Of a program's part of shared memory: that of the widest access.
+_ALIGNMENT = 16
 _FLOW = ("bra", "bra.uni", "bar.sync", "ret", "exit")
 # What orders accesses that happen in order here.
 _NOTHING = ("fence", "membar")
+# Modifiers that no step heeds.
+_UNKNOWN = {"sat", "relu", "NaN", "xorsign", "cc", "rz", "rm", "rp", "rna", "rs"}
 
 
 def run(ptx: str, shared_memory: int, grid: tuple[int, ...], arguments: Sequence[Tensor | float | int]) -> None:
     """Run a kernel over a grid, on CPU tensors. Fault for what a card would refuse or what is left to luck.
 
-    shared_memory: bytes. arguments: those of its first parameters; further ones are 0.
+    shared_memory: bytes. arguments: those of its first parameters; further ones must not be read.
     """
     program = parse(ptx)
+    _check_old_values(program)
     steps = [_step(instruction) for instruction in program.instructions]
     granule = min((_width(x) for x in program.instructions if x.name in ("ld", "st", "atom", "red")), default=1)
     warps = program.threads // WARP
@@ -34,9 +39,10 @@ def run(ptx: str, shared_memory: int, grid: tuple[int, ...], arguments: Sequence
     together = max(1, _TOGETHER // program.threads)
     for first in range(0, len(places), together):
         part = places[first : first + together]
-        data = np.zeros(len(part) * shared_memory, np.uint8)
-        shared = Region("shared memory", 0, data, known=False, granule=granule, warps=warps)
-        threads = Threads(program, part, memory, shared, first)
+        each = -(-shared_memory // _ALIGNMENT) * _ALIGNMENT
+        data = np.zeros(len(part) * each, np.uint8)
+        region = Region("shared memory", 0, data, known=False, granule=granule, warps=warps)
+        threads = Threads(program, part, memory, Shared(region, shared_memory, each), first)
         names = (f"%{name}" for name in program.parameters)
         threads.registers |= dict(zip(names, _bits(arguments), strict=False))
         _Run(program, steps, threads).run()
@@ -74,13 +80,28 @@ def _step(instruction: Instruction) -> Step | None:
     """None for what `_Run` does itself. NotImplementedError for what the machine does not know."""
     if instruction.opcode in _FLOW:
         return None
-    if instruction.name in _NOTHING or instruction.opcode == "bar.warp.sync":
+    if instruction.name in _NOTHING:
+        return lambda threads: None
+    if instruction.opcode == "bar.warp.sync":
         return lambda threads: threads.whole_warps()
+    unknown = f"{instruction.opcode} (of {instruction.where})"
     makers = (scalar.step_of, collective.step_of, warpgroup.step_of, _copy_step)
-    step = next((found for make in makers if (found := make(instruction))), None)
-    if step is None:
-        raise NotImplementedError(f"{instruction.opcode} (of {instruction.where})")
+    try:
+        step = next((found for make in makers if (found := make(instruction))), None)
+    except (AssertionError, LookupError, TypeError, ValueError) as error:  # a variant of what is known
+        raise NotImplementedError(unknown) from error
+    if step is None or _UNKNOWN & set(instruction.modifiers):
+        raise NotImplementedError(unknown)
     return step
+
+
+def _check_old_values(program: Program) -> None:
+    """NotImplementedError where a program uses what an atomic addition returns."""
+    operands = (operand for x in program.instructions for operand in (x.operands if x.stores else x.operands[1:]))
+    used = {register for operand in operands for register in registers_of(operand)}
+    for instruction in program.instructions:
+        if instruction.name == "atom" and used & registers_of(instruction.operands[0]):
+            raise NotImplementedError(f"the old value of {instruction.opcode} (of {instruction.where})")
 
 
 def _copy_step(instruction: Instruction) -> Step | None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -47,11 +48,22 @@ def _finish_some(finish: Finish, of: Integers, own: Integers) -> None:
     finish(of[own])
 
 
+@dataclass(frozen=True)
+class Shared:
+    """The shared memory of several programs, one behind another."""
+
+    region: Region
+    size: int
+    """Bytes that a program has."""
+    stride: int
+    """Bytes from one program's to the next one's."""
+
+
 class Threads:
     """What threads know, and which of them the current instruction is for."""
 
     def __init__(
-        self, program: Program, places: Integers, memory: tuple[Region, ...], shared: Region, first: int
+        self, program: Program, places: Integers, memory: tuple[Region, ...], shared: Shared, first: int
     ) -> None:
         """places: [programs, 3], where in the grid; first: the number of the first of these programs."""
         self.count, self._memory, self._shared = len(places) * program.threads, memory, shared
@@ -93,36 +105,35 @@ class Threads:
     def read(self, space: str, threads: Integers, addresses: Integers, size: int) -> Bytes:
         """[N, size] for some threads."""
         found = np.empty((len(threads), size), np.uint8)
-        for region, own, at in self._regions(space, threads, addresses):
+        for region, own, at in self._regions(space, threads, addresses, size):
             found[own] = region.read(at, size, self.visitors(threads[own]))
         return found
 
     def write(self, space: str, threads: Integers, addresses: Integers, values: Bytes) -> None:
         """values: [N, size]"""
-        for region, own, at in self._regions(space, threads, addresses):
+        for region, own, at in self._regions(space, threads, addresses, values.shape[1]):
             region.write(at, values[own], self.visitors(threads[own]))
 
     def add(self, space: str, threads: Integers, addresses: Integers, values: Lanes) -> None:
         """Atomically. values: [N, numbers]"""
-        for region, own, at in self._regions(space, threads, addresses):
-            region.add(at, values[own])
+        for region, own, at in self._regions(space, threads, addresses, values[0].nbytes):
+            region.add(at, values[own], self.visitors(threads[own]))
 
     def send(self, threads: Integers, addresses: Integers, values: Bytes) -> None:
         """Copy values [N, size] to shared memory some time before their group is waited for."""
-        for region, own, at in self._regions("shared", threads, addresses):
+        for region, own, at in self._regions("shared", threads, addresses, values.shape[1]):
             region.promise(at, values.shape[1], self.visitors(threads[own]))
         self.copies.start(threads, lambda own: self.write("shared", threads[own], addresses[own], values[own]))
 
     def _regions(
-        self, space: str, threads: Integers, addresses: Integers
+        self, space: str, threads: Integers, addresses: Integers, size: int
     ) -> Iterator[tuple[Region, Integers, Integers]]:
         """Each region with which of the accesses are in it, and where."""
         if space == "shared":
-            # Each program has a part of its own.
-            size = len(self._shared.data) // len(self.epochs)
-            if ((addresses < 0) | (addresses >= size)).any():
-                raise Fault(f"addresses {addresses.min()} to {addresses.max()} of {size} bytes of shared memory")
-            yield self._shared, np.arange(len(addresses)), addresses + self._program[threads] * size
+            shared = self._shared
+            if ((addresses < 0) | (addresses + size > shared.size)).any():
+                raise Fault(f"addresses {addresses.min()} to {addresses.max()} of {shared.size} bytes of shared memory")
+            yield shared.region, np.arange(len(addresses)), addresses + self._program[threads] * shared.stride
             return
         place = np.searchsorted(self._bases, addresses, "right") - 1
         if (place < 0).any():
