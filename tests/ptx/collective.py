@@ -34,14 +34,14 @@ def by_warp(values: Lanes, threads: Threads) -> Lanes:
 
 
 def _shuffle(instruction: Instruction) -> Step:
-    into, value, amount, clamp, _ = instruction.operands
+    into, value, amount, clamp, members = instruction.operands
     write, read, by = sink(into), source(value, np.uint32), source(amount, np.int64)
     mode = instruction.modifiers[1]
-    assert clamp == ("0" if mode == "up" else "31"), instruction
+    assert clamp == ("0" if mode == "up" else "31") and members == "-1", instruction
 
     def shuffle(threads: Threads) -> None:
-        count = by_warp(by(threads), threads)
-        lane = {"bfly": _LANE ^ count, "up": _LANE - count, "down": _LANE + count, "idx": count % WARP}[mode]
+        count = by_warp(by(threads), threads) % WARP
+        lane = {"bfly": _LANE ^ count, "up": _LANE - count, "down": _LANE + count, "idx": count}[mode]
         lane = np.where((lane >= 0) & (lane < WARP), lane, _LANE)
         write(threads, np.take_along_axis(by_warp(read(threads), threads), lane, 1).ravel())
 
@@ -49,8 +49,8 @@ def _shuffle(instruction: Instruction) -> Step:
 
 
 def _vote(instruction: Instruction) -> Step:
-    into, predicate, _ = instruction.operands
-    assert instruction.modifiers[1] == "ballot", instruction
+    into, predicate, members = instruction.operands
+    assert instruction.modifiers[1] == "ballot" and members == "-1", instruction
     write, read = sink(into), source(predicate, np.bool_)
 
     def vote(threads: Threads) -> None:
@@ -63,14 +63,10 @@ def _vote(instruction: Instruction) -> Step:
 def _reduce(instruction: Instruction) -> Step:
     into, value, _ = instruction.operands
     how, kind = instruction.modifiers[1:]
-    dtype = np.int32 if kind == "s32" else np.uint32
+    dtype = {"s32": np.int32, "u32": np.uint32, "f32": np.float32}[kind]
     write, read = sink(into), source(value, dtype)
-    reduce: Callable[..., Lanes] = {"add": np.sum, "max": np.max, "min": np.min}[how]
+    reduce: Callable[..., Lanes] = {"add": np.sum, "max": np.fmax.reduce, "min": np.fmin.reduce}[how]
     return lambda threads: write(threads, np.repeat(reduce(by_warp(read(threads), threads), 1).astype(dtype), WARP))
-
-
-def _matrices(instruction: Instruction) -> int:
-    return next(int(part[1:]) for part in instruction.modifiers if part in ("x1", "x2", "x4"))
 
 
 def _matrix_rows(where: Operand, threads: Threads, matrix: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -83,6 +79,7 @@ def _matrix_rows(where: Operand, threads: Threads, matrix: int) -> tuple[NDArray
 def _load_matrices(instruction: Instruction) -> Step:
     """Matrices of 8 x 8 halves: a thread gets two neighbours of row (or column) `_GROUP`."""
     into, where = instruction.operands
+    assert "m8n8" in instruction.modifiers and instruction.modifiers[-1] == "b16", instruction
     sinks = [sink(operand) for operand in (into if isinstance(into, tuple) else (into,))]
     turned = "trans" in instruction.modifiers
 
@@ -103,6 +100,7 @@ def _load_matrices(instruction: Instruction) -> Step:
 def _store_matrices(instruction: Instruction) -> Step:
     """The opposite."""
     where, out = instruction.operands
+    assert "m8n8" in instruction.modifiers and instruction.modifiers[-1] == "b16", instruction
     reads = [source(operand, np.uint32) for operand in (out if isinstance(out, tuple) else (out,))]
     turned = "trans" in instruction.modifiers
 
@@ -127,7 +125,7 @@ def _multiply(instruction: Instruction) -> Step:
     assert isinstance(into, tuple) and isinstance(a, tuple) and isinstance(b, tuple) and isinstance(c, tuple)
     size, kinds = instruction.modifiers[2], instruction.modifiers[-4:]
     assert size.startswith("m16n8k") and instruction.modifiers[3:5] == ("row", "col"), instruction
-    total = np.int32 if kinds[0] == "s32" else np.float32
+    total = {"s32": np.int32, "f32": np.float32}[kinds[0]]
     sinks = [sink(operand) for operand in into]
     reads_a, reads_b, reads_c = ([source(operand, np.uint32) for operand in registers] for registers in (a, b, c))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ptx import collective, scalar, tensor_memory, warpgroup
 from ptx.memory import Fault, Flags, Region, SharedMemory
 from ptx.numbers import Lanes
-from ptx.parse import Instruction, Program, parse
+from ptx.parse import Instruction, Program, parse, registers_of
 from ptx.scalar import Step
 from ptx.threads import WARP, Threads, address, source, spread
 
@@ -18,14 +18,17 @@ _TOGETHER = 1 << 13
 _FLOW = ("bra", "bra.uni", "bar.sync", "ret", "exit")
 # What orders accesses that happen in order here.
 _NOTHING = ("fence", "membar")
+# Modifiers that no step heeds.
+_UNKNOWN = {"sat", "relu", "NaN", "xorsign", "cc", "rz", "rm", "rp", "rna", "rs"}
 
 
 def run(ptx: str, shared_memory: int, grid: tuple[int, ...], arguments: Sequence[Tensor | float | int]) -> None:
     """Run a kernel over a grid, on CPU tensors. Fault for what a card would refuse or what is left to luck.
 
-    shared_memory: bytes. arguments: those of its first parameters; further ones are 0.
+    shared_memory: bytes. arguments: those of its first parameters; further ones must not be read.
     """
     program = parse(ptx)
+    _check_old_values(program)
     steps = [_step(instruction) for instruction in program.instructions]
     granule = min((_width(x) for x in program.instructions if x.name in ("ld", "st", "atom", "red")), default=1)
     warps = program.threads // WARP
@@ -73,13 +76,28 @@ def _step(instruction: Instruction) -> Step | None:
     """None for what `_Run` does itself. NotImplementedError for what the machine does not know."""
     if instruction.opcode in _FLOW:
         return None
-    if instruction.name in _NOTHING or instruction.opcode == "bar.warp.sync":
+    if instruction.name in _NOTHING:
+        return lambda threads: None
+    if instruction.opcode == "bar.warp.sync":
         return lambda threads: threads.whole_warps()
+    unknown = f"{instruction.opcode} (of {instruction.where})"
     makers = (scalar.step_of, collective.step_of, warpgroup.step_of, tensor_memory.step_of, _copy_step)
-    step = next((found for make in makers if (found := make(instruction))), None)
-    if step is None:
-        raise NotImplementedError(f"{instruction.opcode} (of {instruction.where})")
+    try:
+        step = next((found for make in makers if (found := make(instruction))), None)
+    except (AssertionError, LookupError, TypeError, ValueError) as error:  # a variant of what is known
+        raise NotImplementedError(unknown) from error
+    if step is None or _UNKNOWN & set(instruction.modifiers):
+        raise NotImplementedError(unknown)
     return step
+
+
+def _check_old_values(program: Program) -> None:
+    """NotImplementedError where a program uses what an atomic addition returns."""
+    operands = (operand for x in program.instructions for operand in (x.operands if x.stores else x.operands[1:]))
+    used = {register for operand in operands for register in registers_of(operand)}
+    for instruction in program.instructions:
+        if instruction.name == "atom" and used & registers_of(instruction.operands[0]):
+            raise NotImplementedError(f"the old value of {instruction.opcode} (of {instruction.where})")
 
 
 def _copy_step(instruction: Instruction) -> Step | None:

@@ -68,13 +68,14 @@ class Region:
         self.name, self.base, self.data, self._granule = name, base, data, granule
         places = -(-len(data) // granule)
         self._known = np.full(places, known)
-        self._writers, self._readers = Traces(places, warps), Traces(places, warps)
+        self._writers, self._readers, self._adders = (Traces(places, warps) for _ in range(3))
 
     def read(self, addresses: Integers, size: int, who: Visitors) -> Bytes:
         """[N, size]"""
         at = self._places(addresses, size)
         self._refuse(at, ~self._known[at], "is read where nothing has been written")
         self._refuse(at, self._writers.of_others(at, who), "is read where another warp has written: a race")
+        self._refuse(at, self._adders.of_others(at, who), "is read where another warp has added: a race")
         self._readers.add(at, who)
         return self.data[self._bytes(at)]
 
@@ -84,8 +85,7 @@ class Region:
         bytes_ = self._bytes(at)
         changed = (self.data[bytes_] != values).any(1) | ~self._known[at].all(1)
         new, writers = at[changed], who[changed]
-        self._refuse(new, self._writers.of_others(new, writers), "is written where another warp has written: a race")
-        self._refuse(new, self._readers.of_others(new, writers), "is written where another warp has read: a race")
+        self._refuse_others(new, writers, "written")
         self.data[bytes_], self._known[at] = values, True
         self._writers.add(at, who)
         # Within a warp some thread is the last. What threads hold alike may differ in the last bit of a sum.
@@ -96,15 +96,23 @@ class Region:
     def promise(self, addresses: Integers, size: int, who: Visitors) -> None:
         """A write that is under way: until it comes, nobody reads here."""
         at = self._places(addresses, size)
-        for traces, what in ((self._writers, "written"), (self._readers, "read")):
-            self._refuse(at, traces.of_others(at, who), f"is copied to where another warp has {what}: a race")
+        self._refuse_others(at, who, "copied to")
         self._known[at] = False
         self._writers.add(at, who)
 
-    def add(self, addresses: Integers, values: NDArray[np.generic]) -> None:
-        """Atomically, in order of lanes; values: [N, numbers]."""
+    def add(self, addresses: Integers, values: NDArray[np.generic], who: Visitors) -> None:
+        """Atomically, in order of lanes; values: [N, numbers]. Others may add at the same time, not read or write."""
         at = self._places(addresses, values[0].nbytes)
+        self._refuse(at, ~self._known[at], "is added to where nothing has been written")
+        self._refuse(at, self._writers.of_others(at, who), "is added to where another warp has written: a race")
+        self._refuse(at, self._readers.of_others(at, who), "is added to where another warp has read: a race")
+        self._adders.add(at, who)
         np.add.at(self.data.view(values.dtype), self._bytes(at)[:, :: values.itemsize] // values.itemsize, values)
+
+    def _refuse_others(self, at: Integers, who: Visitors, how: str) -> None:
+        """Fault where others are or have been."""
+        for traces, what in ((self._writers, "written"), (self._readers, "read"), (self._adders, "added")):
+            self._refuse(at, traces.of_others(at, who), f"is {how} where another warp has {what}: a race")
 
     def _places(self, addresses: Integers, size: int) -> Integers:
         """[N, W]. Fault outside of the region, or where misaligned."""
@@ -132,8 +140,8 @@ class SharedMemory(Region):
         data = np.zeros(programs * self._stride, np.uint8)
         super().__init__("shared memory", 0, data, known=False, granule=granule, warps=warps)
 
-    def of_program(self, programs: Integers, addresses: Integers) -> Integers:
-        """Addresses [N] of N programs as addresses here. Fault beyond a program's memory."""
-        if ((addresses < 0) | (addresses >= self._size)).any():
+    def of_program(self, programs: Integers, addresses: Integers, size: int) -> Integers:
+        """Addresses [N] of N programs, of `size` bytes each, as addresses here. Fault beyond a program's memory."""
+        if ((addresses < 0) | (addresses + size > self._size)).any():
             raise Fault(f"addresses {addresses.min()} to {addresses.max()} of {self._size} bytes of shared memory")
         return addresses + programs * self._stride

@@ -28,6 +28,11 @@ class Instruction:
         """The rest of the opcode."""
         return tuple(self.opcode.replace("::", ".").split(".")[1:])
 
+    @property
+    def stores(self) -> bool:
+        """Whether its first operand is no register that it writes to."""
+        return self.name in ("st", "red", "cp", "stmatrix")
+
 
 @dataclass(frozen=True)
 class Program:
@@ -48,6 +53,7 @@ _LOCAL = re.compile(r"\.reg \.pred\s+(\w+);")
 _LOCAL_LABEL = re.compile(r"([a-z]\w*):$")
 _SOURCE = re.compile(r"\.loc.*//\s*(\S+?):(\d+):\d+")
 _INSTRUCTION = re.compile(r"(?:@(!?%\w+)\s+)?([a-z][\w.:]*)\s*(.*);$")
+_REGISTER = re.compile(r"%\w+")
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
 
 
@@ -95,3 +101,8 @@ def _instruction(line: str, where: str, block: int) -> Instruction:
 
 def _operand(text: str) -> Operand:
     return tuple(part.strip() for part in text[1:-1].split(",")) if text.startswith("{") else text
+
+
+def registers_of(operand: Operand) -> set[str]:
+    """All that it names."""
+    return set(_REGISTER.findall(operand if isinstance(operand, str) else " ".join(operand)))

@@ -44,9 +44,10 @@ def _shift_right(a: Lanes, by: Lanes) -> Lanes:
 
 
 def _field(a: Lanes, start: Lanes, count: Lanes) -> Lanes:
-    """Bits [start, start + count), extended as the type is."""
-    raised = _shift_left(a, 8 * a.itemsize - start - count)
-    return _shift_right(raised, 8 * a.itemsize - count)
+    """Bits [start, start + count), as many as there are, extended as the type is."""
+    start, count = (x.astype(np.int64) & 255 for x in (start, count))
+    above = np.maximum(8 * a.itemsize - start - count, 0)
+    return np.where(count > 0, _shift_right(_shift_left(a, above), above + start), a.dtype.type(0))
 
 
 def _permute(a: Lanes, b: Lanes, selector: Lanes) -> Lanes:
@@ -61,6 +62,11 @@ def _permute(a: Lanes, b: Lanes, selector: Lanes) -> Lanes:
 
 def _fused(a: Lanes, b: Lanes, c: Lanes) -> Lanes:
     return (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(a.dtype)
+
+
+def _flushed(x: Lanes) -> Lanes:
+    """Zeros in place of numbers too small to be normal."""
+    return np.where(np.abs(x) < np.finfo(x.dtype).tiny, np.copysign(x.dtype.type(0), x), x)
 
 
 # By name: how to compute it from operands of the opcode's last type.
@@ -88,8 +94,11 @@ ARITHMETIC: dict[str, Callable[..., Lanes]] = {
     "popc": lambda a: np.bitwise_count(a).astype(np.uint32),
     "prmt": _permute,
 }
+# With NaN the first ones are false, `ne` included, and those that end in u are true.
 COMPARISONS = {
-    **{name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
+    **{name: getattr(operator, name) for name in ("eq", "lt", "le", "gt", "ge")},
+    "ne": lambda a, b: (a < b) | (a > b),
+    "equ": lambda a, b: ~((a < b) | (a > b)),
     **{
         f"{name}u": lambda a, b, opposite=opposite: ~opposite(a, b)
         for name, opposite in (("lt", operator.ge), ("le", operator.gt), ("gt", operator.le), ("ge", operator.lt))
@@ -123,6 +132,8 @@ def step_of(instruction: Instruction) -> Step | None:
             return _pairwise(instruction)
         case name if name in ARITHMETIC and instruction.modifiers[-2:] == ("f32", "bf16"):
             return _mixed(instruction)
+        case name if name in ARITHMETIC and instruction.modifiers[-2:] == ("f32", "f16"):
+            return None
         case name if name in ARITHMETIC:
             return _arithmetic(instruction)
     return None
@@ -133,7 +144,7 @@ def _type(instruction: Instruction) -> type[np.generic]:
 
 
 def _arithmetic(instruction: Instruction) -> Step:
-    """Also `.wide` (results of twice the width) and `.hi` (the upper half of such)."""
+    """Also `.wide` (results of twice the width), `.hi` (the upper half of such), `.ftz`."""
     compute, modifiers = ARITHMETIC[instruction.name], instruction.modifiers
     dtype = _type(instruction)
     into, *operands = instruction.operands
@@ -149,6 +160,8 @@ def _arithmetic(instruction: Instruction) -> Step:
         assert instruction.name == "mul" and bits < 64, instruction.opcode
         return lambda threads: write(threads, (operator.mul(*(read(threads) for read in halves)) >> bits).astype(dtype))
     reads = [source(operand, dtype) for operand in operands]
+    if "ftz" in modifiers:
+        return lambda threads: write(threads, _flushed(compute(*(_flushed(read(threads)) for read in reads))))
     return lambda threads: write(threads, compute(*(read(threads) for read in reads)))
 
 
@@ -234,10 +247,13 @@ def _write_all(sinks: list[Sink], threads: Threads, values: Lanes) -> None:
         write(threads, values[:, place])
 
 
+_TO_WHOLE = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
+
+
 def _to_integer(x: Lanes, rounding: str, dtype: type[np.generic]) -> Lanes:
-    how = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[rounding]
     limits = np.iinfo(dtype)
-    return np.nan_to_num(how(x.astype(np.float64)), nan=0).clip(limits.min, limits.max).astype(dtype)
+    whole = np.nan_to_num(_TO_WHOLE[rounding](x.astype(np.float64)), nan=0)
+    return whole.clip(limits.min, limits.max).astype(dtype)
 
 
 def _convert(instruction: Instruction) -> Step:
@@ -267,6 +283,9 @@ def _convert(instruction: Instruction) -> Step:
     if TYPES[kind]().dtype.kind == "f" and dtype().dtype.kind != "f":
         rounding = instruction.modifiers[0]
         return lambda threads: write(threads, _to_integer(read(threads), rounding, dtype))
+    if instruction.modifiers[0] in _TO_WHOLE:
+        to_whole = _TO_WHOLE[instruction.modifiers[0]]
+        return lambda threads: write(threads, to_whole(read(threads)).astype(dtype))
     return lambda threads: write(threads, read(threads).astype(dtype))
 
 
@@ -283,9 +302,15 @@ def _parts(operand: Operand) -> tuple[str, ...]:
     return operand if isinstance(operand, tuple) else (operand,)
 
 
+def _space(instruction: Instruction) -> str:
+    """Which memory it accesses."""
+    (space,) = {"param", "global", "shared"} & set(instruction.modifiers)
+    return space
+
+
 def _load(instruction: Instruction) -> Step:
     into, where = instruction.operands
-    space, dtype = instruction.modifiers[0], np.dtype(_type(instruction))
+    space, dtype = _space(instruction), np.dtype(_type(instruction))
     sinks = [sink(operand) for operand in _parts(into)]
     if space == "param":
         assert isinstance(where, str)
@@ -305,7 +330,7 @@ def _load(instruction: Instruction) -> Step:
 
 def _store(instruction: Instruction) -> Step:
     where, out = instruction.operands
-    space, dtype = instruction.modifiers[0], _type(instruction)
+    space, dtype = _space(instruction), _type(instruction)
     find, reads = address(where), [source(operand, dtype) for operand in _parts(out)]
 
     def store(threads: Threads) -> None:
@@ -320,7 +345,7 @@ def _atomic(instruction: Instruction) -> Step:
     """Additions, whose old value nobody uses."""
     *_, where, out = instruction.operands
     assert "add" in instruction.modifiers, instruction.opcode
-    space, dtype = instruction.modifiers[0], _type(instruction)
+    space, dtype = _space(instruction), _type(instruction)
     find, reads = address(where), [source(operand, dtype) for operand in _parts(out)]
 
     def add(threads: Threads) -> None:

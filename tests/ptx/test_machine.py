@@ -1,5 +1,7 @@
 """The PTX machine on programs written by hand: what it computes, and what it refuses."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -83,6 +85,40 @@ def test_race_between_programs() -> None:
     found.zero_()
     launch(body.format("atom.global.gpu.relaxed.add.u32 %r4,"), given, found, programs=5)
     assert found.tolist() == [10] * 64
+    with pytest.raises(NotImplementedError, match=r"the old value of atom.global.*add.u32"):
+        launch(body.format("add.s32 %r5, %r4, 1;\natom.global.gpu.relaxed.add.u32 %r4,"), given, found)
+
+
+COUNT = """
+    st.shared.b32 [%r2], 0;
+    {before}
+    xor.b32 %r4, %r2, 128;
+    atom.shared.add.u32 %r5, [%r4], 3;
+    {after}
+    ld.shared.b32 %r6, [%r2];
+    st.global.b32 [%rd4], %r6;
+"""
+
+
+def test_races_with_additions() -> None:
+    """A histogram that is cleared or read without a barrier between that and counting."""
+    given, found = numbers()
+    launch(COUNT.format(before="bar.sync 0;", after="bar.sync 0;"), given, found)
+    assert found.tolist() == [3] * 64
+    with pytest.raises(Fault, match="is added to where another warp has written: a race"):
+        launch(COUNT.format(before="", after="bar.sync 0;"), given, found)
+    with pytest.raises(Fault, match="is read where another warp has added: a race"):
+        launch(COUNT.format(before="bar.sync 0;", after=""), given, found)
+    with pytest.raises(Fault, match="is added to where nothing has been written"):
+        launch("atom.shared.add.u32 %r5, [%r2], 3;", given, found)
+
+
+def test_programs_with_odd_sizes_of_shared_memory() -> None:
+    """One program's memory that begins misaligned, or that another one writes to."""
+    body = "shl.b32 %r3, %r1, 4;\nst.shared.v4.b32 [%r3], {%r1, %r1, %r1, %r1};"
+    launch(body, *numbers(), programs=3, shared=1032)
+    with pytest.raises(Fault, match="addresses 0 to 1008 of 1016 bytes of shared memory"):
+        launch(body, *numbers(), programs=3, shared=1016)
 
 
 @pytest.mark.parametrize("programs", [1, 300])
@@ -181,6 +217,11 @@ $after:
         ("shr.s32 %r9, %r3, 40;", lambda x: np.where(x < 0, -1, 0)),
         ("bfe.s32 %r9, %r3, 2, 3;", lambda x: ((x >> 2 & 7) ^ 4) - 4),
         ("bfe.u32 %r9, %r3, 2, 3;", lambda x: x >> 2 & 7),
+        ("bfe.u32 %r9, %r3, 28, 8;", lambda x: x >> 28 & 15),
+        ("bfe.s32 %r9, %r3, 5, 40;", lambda x: x >> 5),
+        ("bfe.s32 %r9, %r3, 5, 0;", lambda x: 0 * x),
+        ("shfl.sync.bfly.b32 %r9, %r3, 33, 31, -1;", lambda x: x[np.arange(64) ^ 1]),
+        ("shfl.sync.up.b32 %r9, %r3, 1, 0, -1;", lambda x: x[np.maximum(np.arange(64) - 1, np.arange(64) & 32)]),
         ("prmt.b32 %r9, %r3, 5, 0x4490;", lambda x: (x & 255) | np.where(x & 0x8000, 255, 0) << 8 | 5 << 16 | 5 << 24),
         ("max.s32 %r9, %r3, 5;", lambda x: np.maximum(x, 5)),
         ("popc.b32 %r9, %r3;", lambda x: np.bitwise_count(x.astype(np.int32).view(np.uint32))),
@@ -204,7 +245,46 @@ def test_arithmetic(instruction: str, expected) -> None:
     assert found.tolist() == expected(given.long().numpy()).astype(np.int64).tolist()
 
 
-def test_an_unknown_instruction_is_named() -> None:
-    """A kernel that is run as if an instruction were not there."""
-    with pytest.raises(NotImplementedError, match=r"tcgen05\.shift\.cta_group::1\.down \(of kernel.py:7\)"):
-        launch("tcgen05.shift.cta_group::1.down [%r2];", *numbers())
+@pytest.mark.parametrize(
+    ("instruction", "expected"),
+    [
+        ("setp.ne.f32 %p1, %r3, 0f3F800000;\nselp.f32 %r9, 0f3F800000, 0f00000000, %p1;", [1, 0, 0, 1]),
+        ("setp.neu.f32 %p1, %r3, 0f3F800000;\nselp.f32 %r9, 0f3F800000, 0f00000000, %p1;", [1, 1, 0, 1]),
+        ("setp.equ.f32 %p1, %r3, 0f3F800000;\nselp.f32 %r9, 0f3F800000, 0f00000000, %p1;", [0, 1, 1, 0]),
+        ("setp.ltu.f32 %p1, %r3, 0f3F800000;\nselp.f32 %r9, 0f3F800000, 0f00000000, %p1;", [1, 1, 0, 1]),
+        ("max.f32 %r9, %r3, 0f3F800000;", [1, 1, 1, 1]),
+        ("cvt.rmi.f32.f32 %r9, %r3;", [-3, torch.nan, 1, 0]),
+        ("cvt.rni.s32.f32 %r8, %r3;\ncvt.rn.f32.s32 %r9, %r8;", [-2, 0, 1, 0]),
+        ("mul.f32 %r9, %r3, 0f3F800000;", [-2.5, torch.nan, 1, 1e-40]),
+        ("mul.ftz.f32 %r9, %r3, 0f3F800000;", [-2.5, torch.nan, 1, 0]),
+    ],
+)
+def test_numbers_out_of_the_ordinary(instruction: str, expected: list[float]) -> None:
+    """NaN in comparisons, ordered and not; halves; numbers too small to be normal."""
+    given = torch.tensor([-2.5, torch.nan, 1.0, 1e-40]).repeat(16)
+    found = torch.empty(64)
+    launch(f"ld.global.b32 %r3, [%rd3];\n{instruction}\nst.global.b32 [%rd4], %r9;", given, found)
+    numbers_expected = torch.tensor(expected, dtype=torch.float32).repeat(16)
+    torch.testing.assert_close(found, numbers_expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "tcgen05.shift.cta_group::1.down [%r2];",
+        "max.NaN.f32 %r3, %r4, %r5;",
+        "cvt.rn.sat.f32.f32 %r3, %r4;",
+        "cvt.rz.bf16x2.f32 %r3, %r4, %r5;",
+        "add.rn.f32.f16 %r3, %rs1, %r4;",
+        "fma.rn.bf16x2 %r3, %r4, %r5, %r6;",
+        "shfl.sync.bfly.b32 %r3, %r4, 1, 31, 3;",
+        "redux.sync.max.abs.f32 %r3, %r4, -1;",
+        "ld.local.b32 %r3, [%r4];",
+        "setp.lt.and.s32 %p1, %r3, 0, !%p2;",
+    ],
+)
+def test_an_unknown_instruction_is_named(instruction: str) -> None:
+    """A kernel that is run as if an instruction, or a part of it, were not there."""
+    opcode = re.escape(instruction.rstrip(";").split()[0])
+    with pytest.raises(NotImplementedError, match=rf"^{opcode} \(of kernel.py:7\)"):
+        launch(instruction, *numbers())

@@ -92,32 +92,36 @@ class Threads:
     def read(self, space: str, threads: Integers, addresses: Integers, size: int) -> Bytes:
         """[N, size] for some threads."""
         found = np.empty((len(threads), size), np.uint8)
-        for region, own, at in self._regions(space, threads, addresses):
+        for region, own, at in self._regions(space, threads, addresses, size):
             found[own] = region.read(at, size, self.visitors(threads[own]))
         return found
 
     def write(self, space: str, threads: Integers, addresses: Integers, values: Bytes) -> None:
         """values: [N, size]"""
-        for region, own, at in self._regions(space, threads, addresses):
+        for region, own, at in self._regions(space, threads, addresses, values.shape[1]):
             region.write(at, values[own], self.visitors(threads[own]))
 
     def add(self, space: str, threads: Integers, addresses: Integers, values: Lanes) -> None:
         """Atomically. values: [N, numbers]"""
-        for region, own, at in self._regions(space, threads, addresses):
-            region.add(at, values[own])
+        for region, own, at in self._regions(space, threads, addresses, values[0].nbytes):
+            region.add(at, values[own], self.visitors(threads[own]))
 
     def send(self, threads: Integers, addresses: Integers, values: Bytes) -> None:
         """Copy values [N, size] to shared memory some time before their group is waited for."""
-        for region, own, at in self._regions("shared", threads, addresses):
+        for region, own, at in self._regions("shared", threads, addresses, values.shape[1]):
             region.promise(at, values.shape[1], self.visitors(threads[own]))
         self.copies.start(threads, lambda own: self.write("shared", threads[own], addresses[own], values[own]))
 
     def _regions(
-        self, space: str, threads: Integers, addresses: Integers
+        self, space: str, threads: Integers, addresses: Integers, size: int
     ) -> Iterator[tuple[Region, Integers, Integers]]:
         """Each region with which of the accesses are in it, and where."""
         if space == "shared":
-            yield self._shared, np.arange(len(addresses)), self._shared.of_program(self.program[threads], addresses)
+            yield (
+                self._shared,
+                np.arange(len(addresses)),
+                self._shared.of_program(self.program[threads], addresses, size),
+            )
             return
         place = np.searchsorted(self._bases, addresses, "right") - 1
         if (place < 0).any():

@@ -37,7 +37,9 @@ class Matrix:
     def addresses(self, descriptor: Integers) -> Integers:
         """[N, pieces of 16 bytes] of N descriptors ("Matrix descriptor" and "Shared memory matrix layout")."""
         start, leading, stride = (((descriptor >> bit) & 0x3FFF) << 4 for bit in (0, 16, 32))
+        assert not (descriptor >> 49 & 7).any(), "a base offset"
         (mode,) = set((descriptor >> 62 & 3).tolist())
+        assert mode or not self.turned, "columns without a swizzle, where leading and stride change places"
         width = _SWIZZLES[mode]
         if self.turned:
             column, piece = np.divmod(np.arange(2 * self.rows), self.rows // 8)
@@ -84,7 +86,7 @@ def _multiply(instruction: Instruction) -> Step:
     turned = [sign == "1" for sign in signs[2:]]
     left = _left(a, kind_a, turned[0] if len(turned) == 2 else False)
     right = _shared(b, Matrix(columns, kind_b, turned[-1] if turned else False))
-    total = np.int32 if total_kind == "s32" else np.float32
+    total = {"s32": np.int32, "f32": np.float32}[total_kind]
     write, read = [sink(register) for register in into], [source(register, total) for register in into]
     add = source(adds, np.bool_)
 

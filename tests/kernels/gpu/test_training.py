@@ -105,6 +105,19 @@ def test_a_selection(heads: int, groups: int, width: int, index_heads: int, size
         torch.testing.assert_close(gradient, x.grad, atol=2e-5, rtol=1e-5)
 
 
+def test_a_small_weight_in_half_precision() -> None:
+    """Gradients that become 0 in float16 because they are multiplied by a token's share of a large batch too early."""
+    q, weights, k = torch.randn(3, 2, 16).half(), torch.randn(3, 2), torch.randn(40, 16).half()
+    gaze = Gaze(torch.randn(3, 4, 16).half(), torch.randn(40, 2, 16).half(), 0.3)
+    rows, choice = torch.arange(40).repeat(3, 1), Choice(Tiles(16, 16, 4, 1))
+    whole, small = (
+        selected_divergence(q, weights, k, gaze, torch.full((3,), weight), rows, choice=choice).run()
+        for weight in (1.0, 1e-6)
+    )
+    torch.testing.assert_close(small.d_q_TIJ * 1e6, whole.d_q_TIJ, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(small.d_k_RJ * 1e6, whole.d_k_RJ, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("topk", [None, 3])
 def test_the_loss_is_differentiable(topk: int | None) -> None:

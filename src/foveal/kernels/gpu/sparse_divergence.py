@@ -140,17 +140,18 @@ def selected_divergence_kernel(
         log_share_N = tl.where(seen_N, score_N - index_lse, 0.0)
         log_target_N = tl.log2(tl.where(target_N > 0.0, target_N, 1.0))
         divergence_N += tl.where(target_N > 0.0, target_N * (log_target_N - log_share_N) * LN2, 0.0)
-        d_score_N = tl.where(seen_N, tl.exp2(log_share_N) - target_N, 0.0) * token_weight
+        # The token's weight comes last, in float32: in float16 many of these products would become 0 with it.
+        d_score_N = tl.where(seen_N, tl.exp2(log_share_N) - target_N, 0.0)
         d_weight_I += tl.sum(products_IN * d_score_N[None, :], 1)
         gated_IN = tl.where(products_IN > 0.0, d_score_N[None, :], 0.0)
         d_q_IJ = tl.dot(gated_IN.to(DTYPE), k_NJ, d_q_IJ, input_precision="ieee")
         d_products = (gated_IN * weight_I[:, None]).to(DTYPE)
-        d_k_NJ = tl.dot(tl.trans(d_products), q_IJ, input_precision="ieee")
+        d_k_NJ = tl.dot(tl.trans(d_products), q_IJ, input_precision="ieee") * token_weight
         at_NJ = row_N[:, None] * J + j[None, :]
         tl.atomic_add(d_k_index + at_NJ, d_k_NJ, mask=seen_N[:, None] & (j < J)[None, :], sem="relaxed")
     tl.store(divergence + token, tl.sum(divergence_N, 0))
-    tl.store(d_weights + token * HEADS + i, d_weight_I, mask=i < HEADS)
-    tl.store(d_q_index + at_IJ, d_q_IJ * weight_I[:, None], mask=mask_IJ)
+    tl.store(d_weights + token * HEADS + i, d_weight_I * token_weight, mask=i < HEADS)
+    tl.store(d_q_index + at_IJ, d_q_IJ * (weight_I * token_weight)[:, None], mask=mask_IJ)
 
 
 def selected_divergence(
