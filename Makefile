@@ -1,7 +1,7 @@
 # `make demo` and `make test` need nothing but Python >= 3.11: each makes the virtual environment that it uses.
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST_FLAGS ?= -n 2
+PYTEST_FLAGS ?= -n 2 --dist worksteal
 BIN := $(VENV)/bin
 EXTRAS_demo :=
 EXTRAS_test := [test]
