@@ -22,6 +22,7 @@ def block_places(at, end, start, table_row, PAGED: tl.constexpr, BLOCK: tl.const
     """Pages and places in them of positions [at, at + BLOCK), which lie within one page of 64: one load for all."""
     n = tl.arange(0, BLOCK)
     if PAGED:
+        # `at` is no tensor, and the interpreter cannot divide it by a constexpr.
         page = tl.load(table_row + at // 64, mask=at < end, other=0)
         place_N = at % 64 + n
     else:

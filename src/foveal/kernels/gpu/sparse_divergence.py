@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from foveal.kernels.gpu.code import LN2, chosen_rows, product, softmax_step
-from foveal.kernels.gpu.launch import AUTO, LOG2_E, Argument, Choice, Launch, Tiles, block_size, ceil_div
-from foveal.kernels.gpu.warmup import Divergence, Gaze
+from foveal.kernels.gpu.launch import AUTO, Argument, Choice, Launch, Tiles, block_size, ceil_div
+from foveal.kernels.gpu.warmup import Divergence, Gaze, index_arguments, results
 
 
 @triton.jit
@@ -166,41 +166,19 @@ def selected_divergence(
 ) -> Divergence:
     """Plan `index_divergence` over selected packed rows (int64, -1 = none): q_TIJ and k_RJ in one dtype."""
     tokens, heads, size = q_TIJ.shape
-    q_THP, k_RGP = (x if x.stride(2) == 1 else x.contiguous() for x in (gaze.q_THP, gaze.k_RGP))
-    (_, attention_heads, width), groups, device = q_THP.shape, k_RGP.shape[1], q_TIJ.device
+    (_, attention_heads, width), groups = gaze.q_THP.shape, gaze.k_RGP.shape[1]
     group = attention_heads // groups
     tiles = choice.tiles or _tiles(group, q_TIJ.element_size())
     head_tiles = groups * ceil_div(group, tiles.rows)
-    zeros = (
-        torch.zeros(x.shape, dtype=torch.float32, device=device) for x in (token_weights_T, q_TIJ, weights_TI, k_RJ)
-    )
-    divergence_T, d_q_TIJ, d_weights_TI, d_k_RJ = zeros
-    lse_TH = torch.empty(tokens, attention_heads, dtype=torch.float32, device=device)
+    computed = results(q_TIJ, weights_TI, k_RJ)
     looking: dict[str, Argument] = {
-        "q": q_THP,
-        "keys": k_RGP,
+        **gaze.arguments(),
         "rows": rows_TK.contiguous(),
         "token_weights": token_weights_T.float().contiguous(),
-        "lse": lse_TH,
-        "H": attention_heads,
+        "lse": torch.empty(tokens, attention_heads, dtype=torch.float32, device=q_TIJ.device),
         "K": rows_TK.shape[1],
-        "q_token": q_THP.stride(0),
-        "q_head": q_THP.stride(1),
-        "k_row": k_RGP.stride(0),
-        "k_head": k_RGP.stride(1),
-        "scale_log2": gaze.scale * LOG2_E,
     }
-    scoring: dict[str, Argument] = {
-        "q_index": q_TIJ.contiguous(),
-        "weights": weights_TI.float().contiguous(),
-        "k_index": k_RJ.contiguous(),
-        "divergence": divergence_T,
-        "d_q_index": d_q_TIJ,
-        "d_weights": d_weights_TI,
-        "d_k_index": d_k_RJ,
-        "HEADS": heads,
-        "tiles": head_tiles,
-    }
+    scoring: dict[str, Argument] = {**index_arguments(q_TIJ, weights_TI, k_RJ), **computed, "tiles": head_tiles}
     blocks = {
         "GROUP": group,
         "P": width,
@@ -214,7 +192,7 @@ def selected_divergence(
         Launch(selected_lse_kernel, (tokens, head_tiles), looking, blocks, **how),
         Launch(selected_divergence_kernel, (tokens,), {**scoring, **looking}, {**blocks, **at_index}, **how),
     )
-    return Divergence(launches, divergence_T, d_q_TIJ, d_weights_TI, d_k_RJ)
+    return Divergence(launches, *computed.values())
 
 
 def _tiles(group: int, itemsize: int) -> Tiles:

@@ -225,6 +225,37 @@ class Gaze:
     k_RGP: Tensor
     scale: float
 
+    def arguments(self) -> dict[str, Argument]:
+        """What kernels take of it; strides in numbers, the last ones are 1."""
+        q_THP, k_RGP = (x if x.stride(2) == 1 else x.contiguous() for x in (self.q_THP, self.k_RGP))
+        return {
+            "q": q_THP,
+            "keys": k_RGP,
+            "H": q_THP.shape[1],
+            "q_token": q_THP.stride(0),
+            "q_head": q_THP.stride(1),
+            "k_row": k_RGP.stride(0),
+            "k_head": k_RGP.stride(1),
+            "scale_log2": self.scale * LOG2_E,
+        }
+
+
+def index_arguments(q_TIJ: Tensor, weights_TI: Tensor, k_RJ: Tensor) -> dict[str, Argument]:
+    """What kernels take of an indexer."""
+    return {
+        "q_index": q_TIJ.contiguous(),
+        "weights": weights_TI.float().contiguous(),
+        "k_index": k_RJ.contiguous(),
+        "HEADS": q_TIJ.shape[1],
+    }
+
+
+def results(q_TIJ: Tensor, weights_TI: Tensor, k_RJ: Tensor) -> dict[str, Tensor]:
+    """Zeros for what kernels compute, in the order of `Divergence`."""
+    shapes = {"divergence": q_TIJ.shape[:1], "d_q_index": q_TIJ.shape, "d_weights": weights_TI.shape}
+    shapes["d_k_index"] = k_RJ.shape
+    return {name: torch.zeros(shape, dtype=torch.float32, device=q_TIJ.device) for name, shape in shapes.items()}
+
 
 def warmup_divergence(
     q_TIJ: Tensor,
@@ -238,41 +269,20 @@ def warmup_divergence(
     choice: Choice = AUTO,
 ) -> Divergence:
     """Plan `index_divergence` without a selection: q_TIJ and k_RJ in one dtype; longest: queries of a sequence."""
-    tokens, heads, size = q_TIJ.shape
-    q_THP, k_RGP = (x if x.stride(2) == 1 else x.contiguous() for x in (gaze.q_THP, gaze.k_RGP))
+    tokens, _, size = q_TIJ.shape
     tiles = choice.tiles or (Tiles(64, 32, 8, 1) if q_TIJ.element_size() <= 2 else Tiles(16, 16, 4, 1))
-    device, (_, attention_heads, width) = q_TIJ.device, q_THP.shape
+    device, (_, attention_heads, width) = q_TIJ.device, gaze.q_THP.shape
     lse_TH = torch.empty(tokens, attention_heads, dtype=torch.float32, device=device)
     lse_T = torch.empty(tokens, dtype=torch.float32, device=device)
-    result = (torch.zeros(*shape, dtype=torch.float32, device=device) for shape in ((tokens,), q_TIJ.shape))
-    divergence_T, d_q_TIJ = result
-    d_weights_TI, d_k_RJ = (torch.zeros(x.shape, dtype=torch.float32, device=device) for x in (weights_TI, k_RJ))
+    computed = results(q_TIJ, weights_TI, k_RJ)
     placed: dict[str, Argument] = {"queries": where.queries, "contexts": where.contexts, "sequences": where.sequences}
-    looking: dict[str, Argument] = {
-        "q": q_THP,
-        "keys": k_RGP,
-        "H": attention_heads,
-        "groups": k_RGP.shape[1],
-        "q_token": q_THP.stride(0),
-        "q_head": q_THP.stride(1),
-        "k_row": k_RGP.stride(0),
-        "k_head": k_RGP.stride(1),
-        "scale_log2": gaze.scale * LOG2_E,
-    }
-    scoring: dict[str, Argument] = {
-        "q_index": q_TIJ.contiguous(),
-        "weights": weights_TI.float().contiguous(),
-        "k_index": k_RJ.contiguous(),
-        "HEADS": heads,
-    }
-    results: dict[str, Argument] = {
+    looking: dict[str, Argument] = {**gaze.arguments(), "groups": gaze.k_RGP.shape[1]}
+    scoring = index_arguments(q_TIJ, weights_TI, k_RJ)
+    compared: dict[str, Argument] = {
         "attention_lse": lse_TH,
         "index_lse": lse_T,
         "token_weights": token_weights_T.float().contiguous(),
-        "divergence": divergence_T,
-        "d_q_index": d_q_TIJ,
-        "d_weights": d_weights_TI,
-        "d_k_index": d_k_RJ,
+        **computed,
     }
     blocks = {"BLOCK_M": tiles.rows, "BLOCK_N": tiles.keys}
     at_index = {"J": size, "BLOCK_J": block_size(size)}
@@ -291,9 +301,9 @@ def warmup_divergence(
         Launch(
             divergence_kernel,
             grid,
-            {**scoring, **looking, **placed, **results},
+            {**scoring, **looking, **placed, **compared},
             {**blocks, **at_index, **at_attention},
             **how,
         ),
     )
-    return Divergence(launches, divergence_T, d_q_TIJ, d_weights_TI, d_k_RJ)
+    return Divergence(launches, *computed.values())

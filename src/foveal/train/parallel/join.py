@@ -23,13 +23,13 @@ def join(settings: ParallelSettings, device: str | None = None) -> Parallel:
     for name, size in (("expert", settings.expert), ("context", settings.context)):
         if ranks % size:
             raise ValueError(f"parallel.{name} = {size} does not divide {ranks} process{'es' if ranks > 1 else ''}")
+    own = _own_device(device)
     if ranks == 1:
-        return Parallel(_own_device(device))
+        return Parallel(own)
     import torch.distributed as dist
 
     from foveal.train.parallel.together import Together
 
-    own = _own_device(device)
     backend = "nccl" if own.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=settings.timeout_minutes))
     return Together(own, expert=settings.expert, context=settings.context)
