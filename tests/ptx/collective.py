@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptx.numbers import Lanes, decoded, parts
-from ptx.parse import Instruction, Operand
+from ptx.parse import Instruction, Operand, each_of
 from ptx.scalar import Step
 from ptx.threads import WARP, Threads, address, sink, source, spread
 
@@ -71,8 +71,7 @@ def _reduce(instruction: Instruction) -> Step:
 
 def _matrix_rows(where: Operand, threads: Threads, matrix: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """[warps * 8]: the threads that name the rows of a matrix, and the addresses."""
-    warps = np.flatnonzero(threads.active.reshape(-1, WARP).any(1))
-    naming = (warps[:, None] * WARP + 8 * matrix + np.arange(8)).ravel()
+    naming = (threads.active_warps()[:, None] * WARP + 8 * matrix + np.arange(8)).ravel()
     return naming, address(where)(threads, naming)
 
 
@@ -80,7 +79,7 @@ def _load_matrices(instruction: Instruction) -> Step:
     """Matrices of 8 x 8 halves: a thread gets two neighbours of row (or column) `_GROUP`."""
     into, where = instruction.operands
     assert "m8n8" in instruction.modifiers and instruction.modifiers[-1] == "b16", instruction
-    sinks = [sink(operand) for operand in (into if isinstance(into, tuple) else (into,))]
+    sinks = [sink(operand) for operand in each_of(into)]
     turned = "trans" in instruction.modifiers
 
     def load(threads: Threads) -> None:
@@ -101,7 +100,7 @@ def _store_matrices(instruction: Instruction) -> Step:
     """The opposite."""
     where, out = instruction.operands
     assert "m8n8" in instruction.modifiers and instruction.modifiers[-1] == "b16", instruction
-    reads = [source(operand, np.uint32) for operand in (out if isinstance(out, tuple) else (out,))]
+    reads = [source(operand, np.uint32) for operand in each_of(out)]
     turned = "trans" in instruction.modifiers
 
     def store(threads: Threads) -> None:

@@ -103,6 +103,11 @@ def _operand(text: str) -> Operand:
     return tuple(part.strip() for part in text[1:-1].split(",")) if text.startswith("{") else text
 
 
+def each_of(operand: Operand) -> tuple[str, ...]:
+    """What was in braces, or the only one."""
+    return operand if isinstance(operand, tuple) else (operand,)
+
+
 def registers_of(operand: Operand) -> set[str]:
     """All that it names."""
-    return set(_REGISTER.findall(operand if isinstance(operand, str) else " ".join(operand)))
+    return set(_REGISTER.findall(" ".join(each_of(operand))))

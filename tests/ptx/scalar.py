@@ -7,14 +7,10 @@ from functools import reduce
 import numpy as np
 
 from ptx.numbers import TYPES, Lanes, from_bfloat16, from_e4m3, parts, to_bfloat16, to_e4m3
-from ptx.parse import Instruction, Operand
+from ptx.parse import Instruction, Operand, each_of
 from ptx.threads import Sink, Source, Threads, address, sink, source, spread
 
 Step = Callable[[Threads], None]
-
-
-def _unsigned(x: Lanes) -> Lanes:
-    return x.view(f"u{x.itemsize}")
 
 
 def _double(x: Lanes) -> Lanes:
@@ -143,9 +139,17 @@ def _type(instruction: Instruction) -> type[np.generic]:
     return TYPES[instruction.modifiers[-1]]
 
 
+def _computation(instruction: Instruction) -> Callable[..., Lanes]:
+    """By its name; with `.ftz` numbers too small to be normal are 0 before and after."""
+    compute = ARITHMETIC[instruction.name]
+    if "ftz" not in instruction.modifiers:
+        return compute
+    return lambda *numbers: _flushed(compute(*map(_flushed, numbers)))
+
+
 def _arithmetic(instruction: Instruction) -> Step:
-    """Also `.wide` (results of twice the width), `.hi` (the upper half of such), `.ftz`."""
-    compute, modifiers = ARITHMETIC[instruction.name], instruction.modifiers
+    """Also `.wide` (results of twice the width) and `.hi` (the upper half of such)."""
+    compute, modifiers = _computation(instruction), instruction.modifiers
     dtype = _type(instruction)
     into, *operands = instruction.operands
     write = sink(into)
@@ -160,14 +164,12 @@ def _arithmetic(instruction: Instruction) -> Step:
         assert instruction.name == "mul" and bits < 64, instruction.opcode
         return lambda threads: write(threads, (operator.mul(*(read(threads) for read in halves)) >> bits).astype(dtype))
     reads = [source(operand, dtype) for operand in operands]
-    if "ftz" in modifiers:
-        return lambda threads: write(threads, _flushed(compute(*(_flushed(read(threads)) for read in reads))))
     return lambda threads: write(threads, compute(*(read(threads) for read in reads)))
 
 
 def _pairwise(instruction: Instruction) -> Step:
     """On two numbers a register (f32x2)."""
-    compute, (into, *operands) = ARITHMETIC[instruction.name], instruction.operands
+    compute, (into, *operands) = _computation(instruction), instruction.operands
     write, reads = sink(into), [source(operand, np.uint64) for operand in operands]
 
     def apply(threads: Threads) -> None:
@@ -179,7 +181,7 @@ def _pairwise(instruction: Instruction) -> Step:
 
 def _mixed(instruction: Instruction) -> Step:
     """In float32, the last operand too; the others are bfloat16 (f32.bf16)."""
-    compute, (into, *narrow, last) = ARITHMETIC[instruction.name], instruction.operands
+    compute, (into, *narrow, last) = _computation(instruction), instruction.operands
     write, read_last = sink(into), source(last, np.float32)
     reads = [source(operand, np.uint16) for operand in narrow]
     return lambda threads: write(
@@ -298,10 +300,6 @@ def _joined_halves(values: Lanes) -> Lanes:
     return values.astype(np.float16).view(np.uint32)[:, 0]
 
 
-def _parts(operand: Operand) -> tuple[str, ...]:
-    return operand if isinstance(operand, tuple) else (operand,)
-
-
 def _space(instruction: Instruction) -> str:
     """Which memory it accesses."""
     (space,) = {"param", "global", "shared"} & set(instruction.modifiers)
@@ -311,7 +309,7 @@ def _space(instruction: Instruction) -> str:
 def _load(instruction: Instruction) -> Step:
     into, where = instruction.operands
     space, dtype = _space(instruction), np.dtype(_type(instruction))
-    sinks = [sink(operand) for operand in _parts(into)]
+    sinks = [sink(operand) for operand in each_of(into)]
     if space == "param":
         assert isinstance(where, str)
         read = source("%" + where.strip("[]"), dtype.type)
@@ -331,7 +329,7 @@ def _load(instruction: Instruction) -> Step:
 def _store(instruction: Instruction) -> Step:
     where, out = instruction.operands
     space, dtype = _space(instruction), _type(instruction)
-    find, reads = address(where), [source(operand, dtype) for operand in _parts(out)]
+    find, reads = address(where), [source(operand, dtype) for operand in each_of(out)]
 
     def store(threads: Threads) -> None:
         chosen = np.flatnonzero(threads.active)
@@ -346,7 +344,7 @@ def _atomic(instruction: Instruction) -> Step:
     *_, where, out = instruction.operands
     assert "add" in instruction.modifiers, instruction.opcode
     space, dtype = _space(instruction), _type(instruction)
-    find, reads = address(where), [source(operand, dtype) for operand in _parts(out)]
+    find, reads = address(where), [source(operand, dtype) for operand in each_of(out)]
 
     def add(threads: Threads) -> None:
         chosen = np.flatnonzero(threads.active)

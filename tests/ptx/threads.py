@@ -83,6 +83,10 @@ class Threads:
         if (by_warp.any(1) != by_warp.all(1)).any():
             raise Fault("a part of a warp is missing")
 
+    def active_warps(self) -> Integers:
+        """Their numbers."""
+        return np.flatnonzero(self.active.reshape(-1, WARP).any(1))
+
     def visitors(self, threads: Integers) -> Visitors:
         """As memory sees them."""
         programs = self.program[threads]

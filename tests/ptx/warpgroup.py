@@ -92,7 +92,7 @@ def _multiply(instruction: Instruction) -> Step:
 
     def start(threads: Threads) -> None:
         threads.whole_warps()
-        warps = np.flatnonzero(threads.active.reshape(-1, WARP).any(1))
+        warps = threads.active_warps()
         read_a, read_b = left(threads, warps), right(threads, warps)
         before_a, before_b = read_a(), read_b()
         adding = by_warp(add(threads), threads)[warps, 0]
